@@ -1,0 +1,1 @@
+"""`hebatron quickstart`: real Hebrew text in, a trained and exported Hebatron-shaped model out, offline."""
