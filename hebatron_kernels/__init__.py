@@ -1,0 +1,7 @@
+"""Operators on tensors: checks, dispatch, autograd and references. The names exported here are the API."""
+
+from ._check import BackendError
+from ._dispatch import OPERATORS, explain, use_backend
+from .norm import rms_norm
+
+__all__ = ["OPERATORS", "BackendError", "explain", "rms_norm", "use_backend"]

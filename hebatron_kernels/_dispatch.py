@@ -1,0 +1,210 @@
+"""Which implementation serves a call, and the door every opaque one goes through.
+
+A noun's folder holds one module per backend; each has a function with the public operator's name and positional
+arguments, and may have two more:
+  supports_<op>(*args) -> None | reason      missing: supports everything
+  <op>_bwd(grads, *args) -> list of gradients, one for each floating tensor argument that is not None, in order
+`torch` is a differentiable composite and is called as it is, so autograd and Inductor see through it. The others go
+through the private op hebatron::_<op>, whose backward hebatron::_<op>_bwd calls <op>_bwd or, where that is missing,
+torch.autograd.grad over the implementation itself (`reference`) or over the torch form (`native`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._check import BackendError
+
+BACKENDS = ("native", "triton", "torch", "reference", "emulator")
+AUTOMATIC = ("native", "triton", "torch")  # strongest first; reference and emulator only by name
+
+_library = torch.library.Library("hebatron", "DEF")
+_forced: str | None = None
+_environment: str | None = os.environ.get("HEBATRON_BACKEND") or None
+OPERATORS: dict[str, Operator] = {}
+
+
+def _known(backend: str, origin: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{origin} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+if _environment is not None:
+    _known(_environment, "HEBATRON_BACKEND")
+
+
+@contextmanager
+def use_backend(backend: str | None) -> Iterator[None]:
+    """Every operator called inside uses this backend (None: automatic). A backend= argument is stronger."""
+    global _forced
+    before = _forced
+    _forced = None if backend is None else _known(backend, "use_backend: backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+class Operator:
+    """One operator: its implementations by backend, and the private op and autograd above the opaque ones.
+
+    Args:
+        name: the public function's name.
+        arguments: schema of the arguments, in the public order, e.g. "Tensor x, Tensor? gate, float eps".
+        returns: schema of the result; the implementations may return None for an output the schema makes a Tensor
+            (it travels as an empty tensor), and the caller gets None back.
+        modules: the noun's implementation modules by backend.
+        fake: shapes of the results from the arguments, for torch.compile.
+        differentiable: False for the operators that update a state in place.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        returns: str,
+        modules: dict[str, ModuleType],
+        fake: Callable[..., Any],
+        differentiable: bool = True,
+    ) -> None:
+        self.name, self.modules = name, modules
+        self.differentiable = differentiable
+        self.forwards: dict[str, Callable[..., Any]] = {b: getattr(m, name) for b, m in modules.items()}
+        self.arity = len(inspect.signature(self.forwards["reference"]).parameters)
+        _library.define(f"_{name}({arguments}, str backend) -> {returns}")
+        _library.impl(f"_{name}", self._opaque_forward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hebatron::_{name}", lambda *a: fake(*a[:-1]), lib=_library)
+        self.private = getattr(torch.ops.hebatron, f"_{name}").default
+        if differentiable:
+            _library.define(f"_{name}_bwd(Tensor[] grads, {arguments}, str backend) -> Tensor[]")
+            _library.impl(f"_{name}_bwd", self._opaque_backward, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"hebatron::_{name}_bwd", _fake_gradients, lib=_library)
+            self.function = _autograd_function(self.private, getattr(torch.ops.hebatron, f"_{name}_bwd").default)
+        OPERATORS[name] = self
+
+    def _opaque_forward(self, *args: Any) -> Any:
+        out = self.forwards[args[-1]](*args[:-1])
+        if not isinstance(out, tuple):
+            return out
+        like = next(a for a in args if isinstance(a, Tensor))
+        return tuple(like.new_empty(0) if o is None else o for o in out)
+
+    def _opaque_backward(self, grads: list[Tensor], *args: Any) -> list[Tensor]:
+        *inputs, backend = args
+        handwritten = getattr(self.modules[backend], f"{self.name}_bwd", None)
+        if handwritten is not None:
+            return handwritten(grads, *inputs)
+        forward = self.forwards["torch" if backend == "native" else backend]
+        with torch.enable_grad():
+            leaves = [a.detach().requires_grad_() if _is_float(a) else a for a in inputs]
+            out = forward(*leaves)
+        outputs = [out] if isinstance(out, Tensor) else list(out)
+        pairs = [(o, g) for o, g in zip(outputs, grads) if o is not None and o.requires_grad]
+        wanted = [a for a in leaves if _is_float(a)]
+        if not pairs:
+            return [torch.zeros_like(a, memory_format=torch.contiguous_format) for a in wanted]
+        out_tensors, out_grads = zip(*pairs)
+        found = torch.autograd.grad(out_tensors, wanted, out_grads, allow_unused=True)
+        return [
+            torch.zeros_like(a, memory_format=torch.contiguous_format) if g is None else g.contiguous()
+            for a, g in zip(wanted, found)
+        ]
+
+    def refusal(self, backend: str, args: Sequence[Any]) -> str | None:
+        """Why this backend cannot serve these arguments, or None."""
+        if backend not in self.modules:
+            return "not written for this operator"
+        supports = getattr(self.modules[backend], f"supports_{self.name}", None)
+        return None if supports is None else supports(*args)
+
+    def choose(self, args: Sequence[Any], backend: str | None) -> str:
+        """The backend of this call: the argument, use_backend, HEBATRON_BACKEND, then the first that supports it."""
+        named = backend or _forced or _environment
+        if named is not None:
+            reason = self.refusal(_known(named, f"{self.name}: backend"), args)
+            if reason is not None:
+                raise BackendError(f"{self.name}[{named}]: {reason}")
+            return named
+        for candidate in AUTOMATIC:
+            if candidate in self.modules and self.refusal(candidate, args) is None:
+                return candidate
+        raise BackendError(f"{self.name}: no automatic backend serves these arguments; see explain()")
+
+    def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        if len(args) != self.arity:
+            raise TypeError(f"{self.name}: takes {self.arity} arguments, got {len(args)}")
+        choice = self.choose(args, backend)
+        wants_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if wants_grad and not self.differentiable:
+            raise ValueError(f"{self.name}: arguments must not require a gradient (it updates a state in place)")
+        if choice == "torch":
+            return self.forwards["torch"](*args)
+        return self.function.apply(*args, choice) if wants_grad else self.private(*args, choice)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _fake_gradients(grads: list[Tensor], *args: Any) -> list[Tensor]:
+    return [torch.empty_like(a, memory_format=torch.contiguous_format) for a in args if _is_float(a)]
+
+
+def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd.Function]:
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)])
+            ctx.others = [None if isinstance(a, Tensor) else (a,) for a in args]
+            out = forward_op(*args)
+            outputs = (out,) if isinstance(out, Tensor) else out
+            ctx.mark_non_differentiable(*[o for o in outputs if not o.is_floating_point()])
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            saved = iter(ctx.saved_tensors)
+            args = [next(saved) if other is None else other[0] for other in ctx.others]
+            found = iter(backward_op([g.contiguous() for g in grads], *args))
+            return tuple(next(found) if _is_float(a) else None for a in args)
+
+    return Opaque
+
+
+def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
+    """Says which backend a call would use and why each stronger one would not.
+
+    Args:
+        op: a public operator or its name.
+        args, kwargs: its arguments, as in the call.
+
+    Returns:
+        One line per backend, the chosen one marked with an arrow.
+    """
+    name = op if isinstance(op, str) else op.__name__
+    if name not in OPERATORS:
+        raise ValueError(f"explain: op must be one of {', '.join(sorted(OPERATORS))}, got {name!r}")
+    operator = OPERATORS[name]
+    named = kwargs.pop("backend", None)
+    bound = inspect.signature(operator.forwards["torch"]).bind(*args, **kwargs)
+    bound.apply_defaults()
+    values = list(bound.arguments.values())
+    try:
+        choice: str | None = operator.choose(values, named)
+    except BackendError:
+        choice = None
+    lines = [f"{name}: {choice or 'no backend'}"]
+    for backend in BACKENDS:
+        reason = operator.refusal(backend, values)
+        note = reason or ("supported" if backend in AUTOMATIC else "supported, only by name")
+        lines.append(f"  {'->' if backend == choice else '  '} {backend:<9} {note}")
+    return "\n".join(lines)

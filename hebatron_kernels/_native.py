@@ -1,0 +1,64 @@
+"""The only importer of the compiled modules. Tensors cross as integers; Python allocates outputs and workspaces."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch  # first: the native module then shares the OpenMP runtime torch has loaded
+from torch import Tensor
+
+
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module(f"hebatron_kernels.{name}"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+cpu_module, cpu_missing = _load("_cpu")
+cuda_module, cuda_missing = _load("_cuda")
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def refusal(first: Tensor, *others: Tensor | None) -> str | None:
+    """Why the native module cannot take these floating tensors (device, dtype, row layout), or None."""
+    if first.device.type == "cuda":
+        if cuda_module is None:
+            return "the _cuda module is not built (HEBATRON_CUDA=on pip install -e .)"
+        return "never run on hardware: no evidence for this GPU architecture"
+    if first.device.type != "cpu":
+        return f"no native module for device {first.device.type}"
+    if cpu_module is None:
+        return f"the _cpu module is not built (pip install -e .): {cpu_missing}"
+    for value in (first, *others):
+        if value is None:
+            continue
+        if value.dtype not in DTYPES:
+            return f"computes float32 and bfloat16, got {str(value.dtype).removeprefix('torch.')}"
+        if value.numel() and value.stride(-1) != 1 and value.shape[-1] > 1:
+            return f"needs a contiguous last dimension, got strides {tuple(value.stride())}"
+    return None
+
+
+def pointer(value: Tensor | None) -> int | None:
+    return None if value is None else value.data_ptr()
+
+
+def dtype_name(value: Tensor) -> str:
+    return DTYPES[value.dtype]
+
+
+def call(op: str, **kwargs: Any) -> None:
+    """Runs one native CPU operator, with the workspace it asks for."""
+    assert cpu_module is not None
+    bytes_workspace = getattr(cpu_module, f"{op}_workspace")(**kwargs)
+    workspace = torch.empty(bytes_workspace, dtype=torch.uint8) if bytes_workspace else None
+    getattr(cpu_module, op)(
+        **kwargs,
+        workspace=pointer(workspace) or 0,
+        bytes_workspace=bytes_workspace,
+        threads=torch.get_num_threads(),
+    )

@@ -1,0 +1,91 @@
+"""rms_norm in C++ (csrc/cpu/norm.cpp): forward and backward, fp32 and bf16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+
+def supports_rms_norm(
+    x_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    residual_TD: Tensor | None,
+    gate_TD: Tensor | None,
+    group_size: int | None,
+) -> str | None:
+    return _native.refusal(x_TD, weight_D, residual_TD, gate_TD)
+
+
+def _inputs(
+    x_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    residual_TD: Tensor | None,
+    gate_TD: Tensor | None,
+    group_size: int | None,
+) -> dict[str, Any]:
+    rows, width = x_TD.shape
+    return {
+        "rows": rows,
+        "width": width,
+        "group": width if group_size is None else group_size,
+        "eps": eps,
+        "dtype": _native.dtype_name(x_TD),
+        "weight_dtype": _native.dtype_name(weight_D),
+        "x": _native.pointer(x_TD),
+        "x_stride": x_TD.stride(0),
+        "residual": _native.pointer(residual_TD),
+        "residual_stride": 0 if residual_TD is None else residual_TD.stride(0),
+        "gate": _native.pointer(gate_TD),
+        "gate_stride": 0 if gate_TD is None else gate_TD.stride(0),
+        "weight": _native.pointer(weight_D),
+    }
+
+
+def rms_norm(
+    x_TD: Tensor,
+    weight_D: Tensor,
+    eps: float = 1e-5,
+    residual_TD: Tensor | None = None,
+    gate_TD: Tensor | None = None,
+    group_size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    sum_TD = None if residual_TD is None else torch.empty_like(y_TD)
+    inputs = _inputs(x_TD, weight_D, eps, residual_TD, gate_TD, group_size)
+    _native.call("rms_norm_fwd", **inputs, y=_native.pointer(y_TD), sum=_native.pointer(sum_TD))
+    return y_TD, sum_TD
+
+
+def rms_norm_bwd(
+    grads: list[Tensor],
+    x_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    residual_TD: Tensor | None,
+    gate_TD: Tensor | None,
+    group_size: int | None,
+) -> list[Tensor]:
+    grad_input_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    grad_gate_TD = None if gate_TD is None else torch.empty_like(grad_input_TD)
+    grad_weight_D = torch.empty(weight_D.shape, dtype=torch.float32, device=x_TD.device)
+    _native.call(
+        "rms_norm_bwd",
+        **_inputs(x_TD, weight_D, eps, residual_TD, gate_TD, group_size),
+        grad_y=_native.pointer(grads[0]),
+        grad_sum=None if residual_TD is None else _native.pointer(grads[1]),
+        grad_input=_native.pointer(grad_input_TD),
+        grad_gate=_native.pointer(grad_gate_TD),
+        grad_weight=_native.pointer(grad_weight_D),
+    )
+    found = [grad_input_TD, grad_weight_D.to(weight_D.dtype)]
+    if residual_TD is not None:
+        found.append(grad_input_TD.clone())
+    if grad_gate_TD is not None:
+        found.append(grad_gate_TD)
+    return found
