@@ -1,0 +1,189 @@
+"""Byte-level BPE: trained on a corpus, or read from a checkpoint folder; saved so that transformers opens it.
+
+A document's text never becomes a control token: `encode` reads "<|im_end|>" as ordinary characters
+unless the caller, who rendered a chat template, passes `special=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = (PAD, BOS, EOS, *CHAT_TOKENS)  # ids 0, 1, 2, 3, 4
+
+# A word keeps its combining marks (niqqud, cantillation) and, between Hebrew letters, its geresh or gershayim, so
+# that an acronym like tsahal (tsadi, he, ", lamed) is one word. Every digit stands alone: BPE would otherwise learn
+# numbers by frequency. English clitics come off as in "do|n't"; line breaks are not merged with what follows them.
+_WORD_PATTERN = "|".join(
+    [
+        r"'(?:[sdmt]|ll|ve|re)(?![\p{L}\p{M}])",
+        r" ?[\p{L}\p{M}]+(?:(?<=\p{Hebrew})[\"'\x{05F3}\x{05F4}](?=\p{Hebrew})[\p{L}\p{M}]+)*",
+        r"\p{N}",
+        r" ?[^\s\p{L}\p{M}\p{N}]+",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the ids the rest of the library needs."""
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, config: dict[str, Any], chat_template: str | None = None
+    ) -> None:
+        """backend: the trained tokenizer. config: contents of tokenizer_config.json. chat_template: Jinja text."""
+        self._backend = backend
+        self._config = config
+        self.chat_template = chat_template
+        eos_id = self._special_id("eos_token")
+        if eos_id is None:
+            raise ValueError("tokenizer: eos_token must be named in tokenizer_config.json, got none")
+        self.eos_id: int = eos_id
+        self.bos_id = self._special_id("bos_token")
+        self.pad_id = self._special_id("pad_token")
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def _special_id(self, role: str) -> int | None:
+        entry = self._config.get(role)
+        token = entry.get("content") if isinstance(entry, dict) else entry
+        if token is None:
+            return None
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"tokenizer: {role} must be in the vocabulary, got {token!r}")
+        return token_id
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides an encoding; the same before and after saving."""
+        spec = json.loads(self._backend.to_str())
+        parts = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model")
+        canonical = json.dumps([spec.get(part) for part in parts], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token string, for example "<|im_end|>"; None if it is not in the vocabulary."""
+        return self._backend.token_to_id(token)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of `text`, nothing added. special=True reads control tokens written out in the text as such."""
+        return self.encode_batch([text], special=special)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """`encode` of each text, in parallel over the machine's cores."""
+        self._backend.encode_special_tokens = not special
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def save(self, folder: Path | str) -> None:
+        """Write tokenizer.json, tokenizer_config.json (and chat_template.jinja) into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.encode_special_tokens = False
+        self._backend.save(str(folder / "tokenizer.json"))
+        config = json.dumps(self._config, ensure_ascii=False, indent=2)
+        (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE; the same texts give the same tokenizer whatever their order or the core count.
+
+    Args:
+        texts: any iterable, streamed once.
+        vocab_size: entries including the 256 bytes and the 5 control tokens. A corpus too small to fill it gives
+            a smaller vocabulary: read the result's `vocab_size`.
+    Raises: ValueError for a vocabulary under 261 entries, or texts without one non-empty string.
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"train_bpe: vocab_size must be at least {smallest} (256 bytes and {len(SPECIAL_TOKENS)} control "
+            f"tokens), got {vocab_size}"
+        )
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORD_PATTERN), behavior="isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    seen_text = False
+
+    def checked() -> Iterable[str]:
+        nonlocal seen_text
+        for text in texts:
+            seen_text = seen_text or bool(text)
+            yield text
+
+    backend.train_from_iterator(checked(), trainer)
+    if not seen_text:
+        raise ValueError("train_bpe: texts must contain at least one non-empty string, got none")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "additional_special_tokens": list(CHAT_TOKENS),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1 << 30,
+    }
+    return Tokenizer(backend, config)
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """Read a checkpoint folder's tokenizer.json, tokenizer_config.json and chat_template.jinja, if there."""
+    folder = Path(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"load_tokenizer: folder must contain {name}, got {folder}")
+    text = _read_utf8(folder / "tokenizer.json")
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the binding raises a bare Exception for a file it cannot read
+        if type(error) is not Exception:
+            raise
+        raise ValueError(
+            f"load_tokenizer: tokenizer.json must be readable, got {error} in {folder}"
+        ) from error
+    try:
+        config = json.loads(_read_utf8(folder / "tokenizer_config.json"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"load_tokenizer: tokenizer_config.json must be JSON, got {error} in {folder}"
+        ) from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"load_tokenizer: tokenizer_config.json must be an object, got {type(config).__name__}"
+        )
+    backend.no_truncation()  # a folder saved mid-training may carry a length limit; documents are never cut here
+    backend.no_padding()
+    template = folder / "chat_template.jinja"
+    return Tokenizer(backend, config, _read_utf8(template) if template.is_file() else None)
+
+
+def _read_utf8(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"load_tokenizer: {path} must be UTF-8, got {error}") from error
