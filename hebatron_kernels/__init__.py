@@ -2,6 +2,7 @@
 
 from ._check import BackendError
 from ._dispatch import OPERATORS, explain, use_backend
+from ._native import build_info
 from .norm import rms_norm
 
-__all__ = ["OPERATORS", "BackendError", "explain", "rms_norm", "use_backend"]
+__all__ = ["OPERATORS", "BackendError", "build_info", "explain", "rms_norm", "use_backend"]

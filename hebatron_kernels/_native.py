@@ -62,3 +62,18 @@ def call(op: str, **kwargs: Any) -> None:
         bytes_workspace=bytes_workspace,
         threads=torch.get_num_threads(),
     )
+
+
+def build_info() -> dict[str, str]:
+    """Each native module: what it was compiled for and what this machine uses of it, or why it is absent."""
+    if cpu_module is None:
+        cpu = f"not built (pip install -e .): {cpu_missing}"
+    else:
+        available = set(cpu_module.available_isas())
+        isas = [isa if isa in available else f"({isa})" for isa in cpu_module.compiled_isas()]
+        cpu = f"{cpu_module.current_isa()} chosen of {', '.join(isas)}; in brackets: not on this CPU"
+    if cuda_module is None:
+        cuda = f"not built (HEBATRON_CUDA=on pip install -e .): {cuda_missing}"
+    else:
+        cuda = f"{', '.join(cuda_module.compiled_archs())}; {cuda_module.device_count()} devices"
+    return {"_cpu": cpu, "_cuda": cuda}
