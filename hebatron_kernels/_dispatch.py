@@ -104,14 +104,14 @@ class Operator:
         if handwritten is not None:
             return handwritten(grads, *inputs)
         forward = self.forwards["torch" if backend == "native" else backend]
-        with torch.enable_grad():
+        with torch.enable_grad(), _autograd_dispatch():
             leaves = [a.detach().requires_grad_() if _is_float(a) else a for a in inputs]
             out = forward(*leaves)
         outputs = [out] if isinstance(out, Tensor) else list(out)
         pairs = [(o, g) for o, g in zip(outputs, grads) if o is not None and o.requires_grad]
         wanted = [a for a in leaves if _is_float(a)]
         if not pairs:
-            return [torch.zeros_like(a, memory_format=torch.contiguous_format) for a in wanted]
+            raise RuntimeError(f"{self.name}[{backend}]: no result depends on the inputs; autograd recorded nothing")
         out_tensors, out_grads = zip(*pairs)
         found = torch.autograd.grad(out_tensors, wanted, out_grads, allow_unused=True)
         return [
@@ -149,6 +149,19 @@ class Operator:
         if choice == "torch":
             return self.forwards["torch"](*args)
         return self.function.apply(*args, choice) if wants_grad else self.private(*args, choice)
+
+
+@contextmanager
+def _autograd_dispatch() -> Iterator[None]:
+    """Records a graph even where the caller runs below autograd, as compiled inference graphs do: there enable_grad
+    alone records nothing and every gradient would come out as zero."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
 
 
 def _is_float(value: Any) -> bool:
