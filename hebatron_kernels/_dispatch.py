@@ -88,7 +88,9 @@ class Operator:
             _library.define(f"_{name}_bwd(Tensor[] grads, {arguments}, str backend) -> Tensor[]")
             _library.impl(f"_{name}_bwd", self._opaque_backward, "CompositeExplicitAutograd")
             torch.library.register_fake(f"hebatron::_{name}_bwd", _fake_gradients, lib=_library)
-            self.function = _autograd_function(self.private, getattr(torch.ops.hebatron, f"_{name}_bwd").default)
+            self.function = _autograd_function(
+                self.private, getattr(torch.ops.hebatron, f"_{name}_bwd").default
+            )
         OPERATORS[name] = self
 
     def _opaque_forward(self, *args: Any) -> Any:
@@ -111,13 +113,12 @@ class Operator:
         pairs = [(o, g) for o, g in zip(outputs, grads) if o is not None and o.requires_grad]
         wanted = [a for a in leaves if _is_float(a)]
         if not pairs:
-            raise RuntimeError(f"{self.name}[{backend}]: no result depends on the inputs; autograd recorded nothing")
+            raise RuntimeError(
+                f"{self.name}[{backend}]: no result depends on the inputs; autograd recorded nothing"
+            )
         out_tensors, out_grads = zip(*pairs)
         found = torch.autograd.grad(out_tensors, wanted, out_grads, allow_unused=True)
-        return [
-            torch.zeros_like(a, memory_format=torch.contiguous_format) if g is None else g.contiguous()
-            for a, g in zip(wanted, found)
-        ]
+        return _unaliased(wanted, found, grads)
 
     def refusal(self, backend: str, args: Sequence[Any]) -> str | None:
         """Why this backend cannot serve these arguments, or None."""
@@ -145,7 +146,9 @@ class Operator:
         choice = self.choose(args, backend)
         wants_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         if wants_grad and not self.differentiable:
-            raise ValueError(f"{self.name}: arguments must not require a gradient (it updates a state in place)")
+            raise ValueError(
+                f"{self.name}: arguments must not require a gradient (it updates a state in place)"
+            )
         if choice == "torch":
             return self.forwards["torch"](*args)
         return self.function.apply(*args, choice) if wants_grad else self.private(*args, choice)
@@ -168,6 +171,22 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def _unaliased(wanted: list[Tensor], found: Sequence[Tensor | None], grads: list[Tensor]) -> list[Tensor]:
+    """Contiguous gradients that share no memory with each other or with the incoming ones, as an op's results must
+    not: autograd hands both terms of a sum the same tensor."""
+    taken = {g.untyped_storage().data_ptr() for g in grads}
+    results = []
+    for value, gradient in zip(wanted, found):
+        if gradient is None:
+            results.append(torch.zeros_like(value, memory_format=torch.contiguous_format))
+            continue
+        gradient = gradient.contiguous()
+        storage = gradient.untyped_storage().data_ptr()
+        results.append(gradient.clone() if storage in taken else gradient)
+        taken.add(storage)
+    return results
+
+
 def _fake_gradients(grads: list[Tensor], *args: Any) -> list[Tensor]:
     return [torch.empty_like(a, memory_format=torch.contiguous_format) for a in args if _is_float(a)]
 
@@ -179,8 +198,8 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
             ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)])
             ctx.others = [None if isinstance(a, Tensor) else (a,) for a in args]
             out = forward_op(*args)
-            outputs = (out,) if isinstance(out, Tensor) else out
-            ctx.mark_non_differentiable(*[o for o in outputs if not o.is_floating_point()])
+            if not isinstance(out, Tensor):  # Dynamo refuses the call beside a single output
+                ctx.mark_non_differentiable(*[o for o in out if not o.is_floating_point()])
             return out
 
         @staticmethod
