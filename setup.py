@@ -20,7 +20,9 @@ def cuda_wanted() -> bool:
         sys.exit(f"hebatron: HEBATRON_CUDA must be auto, on or off, got {mode!r}")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if mode == "on" and nvcc is None:
-        sys.exit("hebatron: HEBATRON_CUDA=on needs nvcc on PATH; install the CUDA toolkit (>= 12.4) or unset it")
+        sys.exit(
+            "hebatron: HEBATRON_CUDA=on needs nvcc on PATH; install the CUDA toolkit (>= 12.4) or unset it"
+        )
     driver = any(Path(p).exists() for p in ("/dev/nvidiactl", "/dev/dxg"))
     return mode == "on" or (mode == "auto" and nvcc is not None and driver)
 
@@ -31,7 +33,10 @@ class CMakeBuild(build_ext):
             sys.exit("hebatron: no C++ compiler found; install g++ or clang++ (C++17), or set CXX")
         cuda = cuda_wanted()
         tag = f"{sys.implementation.cache_tag}-{'cuda' if cuda else 'cpu'}"
-        build, out = ROOT / "build" / tag, Path(self.get_ext_fullpath("hebatron_kernels._cpu")).resolve().parent
+        build, out = (
+            ROOT / "build" / tag,
+            Path(self.get_ext_fullpath("hebatron_kernels._cpu")).resolve().parent,
+        )
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DHEBATRON_CUDA={'ON' if cuda else 'OFF'}",
@@ -52,4 +57,6 @@ class CMakeBuild(build_ext):
 
 
 modules = ["_cpu"]
-setup(ext_modules=[Extension(f"hebatron_kernels.{m}", []) for m in modules], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension(f"hebatron_kernels.{m}", []) for m in modules], cmdclass={"build_ext": CMakeBuild}
+)

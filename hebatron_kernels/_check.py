@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NoReturn
 
 import torch
@@ -24,7 +25,9 @@ def describe(value: object) -> str:
     return repr(value)
 
 
-def tensor(op: str, arg: str, value: object, *shape: int | None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+def tensor(
+    op: str, arg: str, value: object, *shape: int | None, dtypes: tuple[torch.dtype, ...] = FLOATS
+) -> None:
     """`value` is a tensor of this shape (None = any size) and one of these dtypes."""
     if not isinstance(value, Tensor):
         refuse(op, arg, "be a tensor", type(value).__name__)
@@ -60,7 +63,7 @@ def cu_seqlens(op: str, value: Tensor | None, tokens: int, arg: str = "cu_seqlen
     if value.device.type != "cpu" or torch.compiler.is_compiling():
         return
     ends = value.tolist()
-    if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in zip(ends, ends[1:])):
+    if ends[0] != 0 or ends[-1] != tokens or any(b < a for a, b in pairwise(ends)):
         shown = ends if len(ends) <= 12 else [*ends[:6], "...", *ends[-5:]]
         refuse(op, arg, f"rise from 0 to {tokens} (the number of tokens)", shown)
 

@@ -1,4 +1,4 @@
-"""What the operators' tests share: the oracle rule, comparison of a backend with its reference, the ISAs of this machine.
+"""What the operators' tests share: the oracle rule, comparison of a backend with its reference, the ISAs present.
 
 The oracle rule: a result may err from the fp64 reference by at most twice what the torch form errs at the same dtype,
 plus a noise term measured from the data (how far the reference itself moves when its inputs are rounded differently,
@@ -49,14 +49,16 @@ def run(op: Callable[..., Any], args: Args, grad: bool = True, **kwargs: Any) ->
     """The outputs `out0, out1, ...` and, with grad, the gradients `grad<i>` of every floating argument i under fixed
     upstream gradients (a smooth function of the element's index, so that every element weighs differently)."""
     leaves = [
-        a.detach().requires_grad_(grad) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+        a.detach().requires_grad_(grad) if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in args
     ]
     outputs = _outputs(op(*leaves, **kwargs))
     found = {f"out{i}": o.detach() for i, o in enumerate(outputs)}
     targets = [o for o in outputs if o.requires_grad]
     if grad and targets:
         upstream = [
-            torch.cos(torch.arange(o.numel(), dtype=torch.float64) * 0.7 + 1).reshape(o.shape).to(o) for o in targets
+            torch.cos(torch.arange(o.numel(), dtype=torch.float64) * 0.7 + 1).reshape(o.shape).to(o)
+            for o in targets
         ]
         wanted = {i: a for i, a in enumerate(leaves) if isinstance(a, Tensor) and a.requires_grad}
         grads = torch.autograd.grad(targets, list(wanted.values()), upstream, allow_unused=True)
@@ -89,7 +91,9 @@ def _same_non_finite(name: str, got: Tensor, want: Tensor) -> None:
         wrong = test(got) != test(want)
         if wrong.any():
             index = tuple(wrong.nonzero()[0].tolist())
-            raise AssertionError(f"{name}: {kind} differs at {index}: {got[index].item()} for {want[index].item()}")
+            raise AssertionError(
+                f"{name}: {kind} differs at {index}: {got[index].item()} for {want[index].item()}"
+            )
 
 
 def check_oracle(
@@ -155,7 +159,9 @@ def check_registration(op_name: str, *args: Any, backend: str, dtype: torch.dtyp
         torch.library.opcheck(backward, (grads, *values, backend))
 
 
-def check_fullgraph(op: Callable[..., Any], args: Args, backend: str, grad: bool = True, **kwargs: Any) -> None:
+def check_fullgraph(
+    op: Callable[..., Any], args: Args, backend: str, grad: bool = True, **kwargs: Any
+) -> None:
     """One graph, forward and backward, with the results of the eager call to 1e-5 of their scale."""
     torch._dynamo.reset()
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")

@@ -13,7 +13,9 @@ from . import native, reference, torch_ops
 __all__ = ["rms_norm"]
 
 
-def _fake(x_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(
+    x_TD: Tensor, weight_D: Tensor, eps: float, residual_TD: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor]:
     y_TD = x_TD.new_empty(x_TD.shape)
     return y_TD, x_TD.new_empty(x_TD.shape if residual_TD is not None else (0,))
 

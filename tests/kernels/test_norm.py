@@ -8,7 +8,16 @@ import hebatron_kernels as hk
 from hebatron_kernels import testing
 
 # rows, width, group: one row, odd sizes around the vector width (8 and 16 lanes), one column, the model's gated form
-SHAPES = [(1, 1, 1), (3, 113, 113), (2, 1023, 341), (65, 48, 16), (5, 17, 17), (0, 32, 8), (130, 33, 11), (2, 4096, 512)]
+SHAPES = [
+    (1, 1, 1),
+    (3, 113, 113),
+    (2, 1023, 341),
+    (65, 48, 16),
+    (5, 17, 17),
+    (0, 32, 8),
+    (130, 33, 11),
+    (2, 4096, 512),
+]
 # residual, gate
 FORMS = [(False, False), (True, False), (False, True), (True, True)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -28,7 +37,9 @@ def make(rows, width, residual, gate, dtype=torch.float64):
 @pytest.mark.parametrize(("rows", "width", "group"), SHAPES)
 def test_rms_norm_native_matches_oracle(isa, dtype, residual, gate, rows, width, group):
     with testing.use_isa(isa):
-        testing.check_oracle(hk.rms_norm, [*make(rows, width, residual, gate), group], dtype, "native", width > 1)
+        testing.check_oracle(
+            hk.rms_norm, [*make(rows, width, residual, gate), group], dtype, "native", width > 1
+        )
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
@@ -82,7 +93,9 @@ def test_rms_norm_gradcheck(backend):
     x, weight, eps, residual, gate = make(3, 6, True, True)
     leaves = [t.requires_grad_() for t in (x, weight, residual, gate)]
     assert torch.autograd.gradcheck(
-        lambda a, b, c, d: hk.rms_norm(a, b, eps, c, d, 3, backend=backend), leaves, check_undefined_grad=False
+        lambda a, b, c, d: hk.rms_norm(a, b, eps, c, d, 3, backend=backend),
+        leaves,
+        check_undefined_grad=False,
     )
 
 
@@ -99,7 +112,9 @@ def test_rms_norm_chooses_native_and_says_why_not():
     assert "-> native" in hk.explain(hk.rms_norm, x.float(), weight.float())
     text = hk.explain("rms_norm", x, weight)
     assert "-> torch" in text and "computes float32 and bfloat16, got float64" in text
-    with pytest.raises(hk.BackendError, match=r"rms_norm\[native\]: computes float32 and bfloat16, got float64"):
+    with pytest.raises(
+        hk.BackendError, match=r"rms_norm\[native\]: computes float32 and bfloat16, got float64"
+    ):
         hk.rms_norm(x, weight, backend="native")
     with pytest.raises(hk.BackendError, match="needs a contiguous last dimension"):
         hk.rms_norm(x.float().t().contiguous().t(), weight.float(), backend="native")
@@ -108,7 +123,10 @@ def test_rms_norm_chooses_native_and_says_why_not():
     with hk.use_backend("reference"):
         assert "-> reference" in hk.explain("rms_norm", x, weight)
         assert "-> torch" in hk.explain("rms_norm", x, weight, backend="torch")
-    with pytest.raises(ValueError, match=r"use_backend: backend must be one of .* got 'fast'"), hk.use_backend("fast"):
+    with (
+        pytest.raises(ValueError, match=r"use_backend: backend must be one of .* got 'fast'"),
+        hk.use_backend("fast"),
+    ):
         pass
 
 
@@ -122,7 +140,10 @@ BAD = [
     (dict(residual_TD=torch.ones(3, 4)), r"rms_norm: residual_TD must have shape \(2, 4\)"),
     (dict(gate_TD=torch.ones(2, 4).bfloat16()), "rms_norm: gate_TD must have dtype float32, got bfloat16"),
     (dict(group_size=3), "rms_norm: group_size must divide the width 4, got 3"),
-    (dict(gate_TD=torch.ones(2, 4, device="meta")), "rms_norm: gate_TD must be on cpu like the first argument, got meta"),
+    (
+        dict(gate_TD=torch.ones(2, 4, device="meta")),
+        "rms_norm: gate_TD must be on cpu like the first argument, got meta",
+    ),
     (dict(backend="magic"), "rms_norm: backend must be one of native, .*, got 'magic'"),
 ]
 
@@ -145,7 +166,11 @@ def test_environment_names_the_backend_and_the_isa():
         import os
 
         return subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code],
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     good = python(HEBATRON_BACKEND="reference", HEBATRON_ISA="portable")
