@@ -3,6 +3,19 @@
 from ._check import BackendError
 from ._dispatch import OPERATORS, explain, use_backend
 from ._native import build_info
+from .moe import grouped_gemm, moe_combine, moe_mlp, moe_permute, moe_route
 from .norm import rms_norm
 
-__all__ = ["OPERATORS", "BackendError", "build_info", "explain", "rms_norm", "use_backend"]
+__all__ = [
+    "OPERATORS",
+    "BackendError",
+    "build_info",
+    "explain",
+    "grouped_gemm",
+    "moe_combine",
+    "moe_mlp",
+    "moe_permute",
+    "moe_route",
+    "rms_norm",
+    "use_backend",
+]

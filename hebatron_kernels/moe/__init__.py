@@ -1,0 +1,313 @@
+"""The expert layer: choose experts, sort tokens by expert, multiply by each expert's weights, add up again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _check as check
+from .._dispatch import Operator
+from . import reference, torch_ops
+
+__all__ = ["grouped_gemm", "moe_combine", "moe_mlp", "moe_permute", "moe_route"]
+
+_IDS = (torch.int64, torch.int32)
+
+
+def _operator(name: str, arguments: str, returns: str, fake: object) -> Operator:
+    return Operator(name, arguments, returns, {"torch": torch_ops, "reference": reference}, fake)  # type: ignore[arg-type]
+
+
+def _fake_route(logits: Tensor, bias: Tensor, top_k: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, experts = logits.shape
+    weights = logits.new_empty(tokens, top_k, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return (
+        weights,
+        weights.new_empty(tokens, top_k, dtype=torch.int64),
+        weights.new_empty(experts, dtype=torch.int64),
+    )
+
+
+def _fake_permute(x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = ids.shape[0] * ids.shape[1]
+    order = ids.new_empty(rows, dtype=torch.int64)
+    return x.new_empty(rows, x.shape[1]), order, ids.new_empty(num_experts, dtype=torch.int32)
+
+
+_moe_route = _operator(
+    "moe_route",
+    "Tensor logits, Tensor bias, int top_k, int n_group, int topk_group, bool normalize, float scale",
+    "(Tensor, Tensor, Tensor)",
+    _fake_route,
+)
+_moe_permute = _operator(
+    "moe_permute", "Tensor x, Tensor ids, int num_experts", "(Tensor, Tensor, Tensor)", _fake_permute
+)
+_grouped_gemm = _operator(
+    "grouped_gemm",
+    "Tensor a, Tensor b, Tensor offsets",
+    "Tensor",
+    lambda a, b, offsets: a.new_empty(a.shape[0], b.shape[2]),
+)
+_moe_combine = _operator(
+    "moe_combine",
+    "Tensor rows, Tensor order, Tensor weights, int num_tokens",
+    "Tensor",
+    lambda rows, order, weights, num_tokens: rows.new_empty(num_tokens, rows.shape[1]),
+)
+_moe_mlp = _operator(
+    "moe_mlp",
+    "Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down",
+    "Tensor",
+    lambda x, ids, weights, up, down: x.new_empty(x.shape),
+)
+
+
+def _host_readable(value: Tensor) -> bool:
+    """Values are checked only on the CPU: on a GPU that would synchronise, and a wrong value is the caller's."""
+    return value.device.type == "cpu" and value.numel() > 0 and not torch.compiler.is_compiling()
+
+
+def _check_ids(op: str, ids_TK: Tensor, tokens: int, experts: int) -> None:
+    check.tensor(op, "ids_TK", ids_TK, tokens, None, dtypes=_IDS)
+    if ids_TK.shape[1] == 0:
+        check.refuse(op, "ids_TK", "name at least one expert per token", check.describe(ids_TK))
+    if _host_readable(ids_TK):
+        low, high = (int(bound) for bound in torch.aminmax(ids_TK))
+        if low < 0 or high >= experts:
+            check.refuse(op, "ids_TK", f"be between 0 and {experts - 1}", low if low < 0 else high)
+
+
+def _check_widths(op: str, arg: str, value: Tensor) -> None:
+    if 0 in value.shape[1:]:
+        check.refuse(op, arg, "have widths > 0", check.describe(value))
+
+
+def moe_route(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    normalize: bool = True,
+    scale: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """s = sigmoid(logits); ids = top_k of s + bias; weights = scale * s[ids] / (sum s[ids] + 1e-20).
+
+    Args:
+        logits_TE: (T tokens, E experts), any floating dtype. Computed in fp32, fp64 stays fp64.
+        bias_E: (E,), any floating dtype; added for the choice only, -inf puts an expert last.
+        top_k: K experts per token, 1 to the number of experts in the groups kept.
+        n_group: the experts fall into this many equal groups of at least 2; 1 is no grouping.
+        topk_group: groups kept per token, those with the largest sum of their two best s + bias.
+        normalize: divide by the sum of the chosen scores.
+        scale: factor on the weights (routed_scaling_factor).
+        backend: "torch" or "reference"; None chooses.
+
+    Returns:
+        weights_TK: (T, K) fp32 (fp64 for fp64 logits).
+        ids_TK: (T, K) int64, best first. Equals go to the lowest index; NaN ranks above every number, so that the
+            NaN reaches the token's weights (all of them with `normalize`) and no other token.
+        counts_E: (E,) int64, tokens per expert; their sum is T*K.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or range.
+        BackendError: the named backend cannot serve these arguments.
+
+    Gradients:
+        From weights to logits. The choice has none, so neither has the bias.
+
+    Backends:
+        torch: every dtype and device, no host synchronisation.
+
+    Source:
+        DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16; the model's n_group, topk_group, norm_topk_prob,
+        routed_scaling_factor.
+    """
+    op = "moe_route"
+    check.tensor(op, "logits_TE", logits_TE, None, None)
+    experts = logits_TE.shape[1]
+    check.tensor(op, "bias_E", bias_E, experts)
+    check.same_device(op, logits_TE, bias_E=bias_E)
+    if n_group < 1 or experts % n_group or (n_group > 1 and experts < 2 * n_group):
+        check.refuse(op, "n_group", f"divide {experts} experts into groups of at least 2", n_group)
+    if not 1 <= topk_group <= n_group:
+        check.refuse(op, "topk_group", f"be between 1 and n_group = {n_group}", topk_group)
+    kept = experts // n_group * topk_group
+    if not 1 <= top_k <= kept:
+        check.refuse(op, "top_k", f"be between 1 and the {kept} experts of the groups kept", top_k)
+    return _moe_route(logits_TE, bias_E, top_k, n_group, topk_group, normalize, scale, backend=backend)
+
+
+def moe_permute(
+    x_TD: Tensor, ids_TK: Tensor, num_experts: int, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rows[n] = x[order[n] // K]: one row per chosen expert, sorted by expert, then by token.
+
+    Args:
+        x_TD: (T tokens, D width), any floating dtype.
+        ids_TK: (T, K) int64 or int32, experts in 0..E-1 (checked on the CPU only).
+        num_experts: E.
+        backend: "torch" or "reference"; None chooses.
+
+    Returns:
+        rows_ND: (N = T*K, D), dtype of x.
+        order_N: (N,) int64; row n belongs to slot order[n] = t*K + k.
+        offsets_E: (E,) int32, the cumulative ends: expert e owns rows offsets[e-1] (0 for e = 0) to offsets[e].
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or range.
+        BackendError: the named backend cannot serve these arguments.
+
+    Gradients:
+        To x, summed over its K rows in fp32 and rounded once.
+
+    Backends:
+        torch: every dtype and device, no host synchronisation, deterministic.
+
+    Source:
+        MegaBlocks, arXiv 2211.15841, section 4.
+    """
+    op = "moe_permute"
+    check.tensor(op, "x_TD", x_TD, None, None)
+    check.positive(op, num_experts=num_experts)
+    _check_ids(op, ids_TK, x_TD.shape[0], num_experts)
+    check.same_device(op, x_TD, ids_TK=ids_TK)
+    return _moe_permute(x_TD, ids_TK, num_experts, backend=backend)
+
+
+def grouped_gemm(a_ND: Tensor, b_EKN: Tensor, offsets_E: Tensor, *, backend: str | None = None) -> Tensor:
+    """out[n] = a[n] @ b[e] for the rows n of expert e, offsets[e-1] <= n < offsets[e].
+
+    Args:
+        a_ND: (N rows, D), sorted by expert, any floating dtype.
+        b_EKN: (E experts, D, M outputs), dtype of a: contiguous, or the transposed view of weights stored (E, M, D).
+        offsets_E: (E,) int32 on the same device: cumulative ends, rising from 0 to at most N (checked on the CPU
+            only), as moe_permute gives them. Rows past the last end are never read.
+        backend: "torch" or "reference"; None chooses.
+
+    Returns:
+        (N, M) in the dtype of a; 0 in the rows past the last end.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or range.
+        BackendError: the named backend cannot serve these arguments.
+
+    Gradients:
+        To a (0 past the last end) and b (exactly 0 for an expert without rows).
+
+    Backends:
+        torch: grouped_mm for bf16, fp16 and fp32 where widths and strides are multiples of 16 bytes; elsewhere a
+        loop over the experts, which on a GPU synchronises.
+
+    Source:
+        torch.nn.functional.grouped_mm (the convention of the offsets).
+    """
+    op = "grouped_gemm"
+    check.tensor(op, "a_ND", a_ND, None, None)
+    rows, width = a_ND.shape
+    check.tensor(op, "b_EKN", b_EKN, None, width, None, dtypes=(a_ND.dtype,))
+    _check_widths(op, "b_EKN", b_EKN)
+    check.tensor(op, "offsets_E", offsets_E, b_EKN.shape[0], dtypes=(torch.int32,))
+    if b_EKN.shape[0] == 0:
+        check.refuse(op, "b_EKN", "have at least one expert", check.describe(b_EKN))
+    check.same_device(op, a_ND, b_EKN=b_EKN, offsets_E=offsets_E)
+    if _host_readable(offsets_E):
+        ends = [0, *offsets_E.tolist(), rows]
+        if ends != sorted(ends):
+            check.refuse(op, "offsets_E", f"rise from 0 to at most {rows} (the number of rows)", ends[1:-1])
+    return _grouped_gemm(a_ND, b_EKN, offsets_E, backend=backend)
+
+
+def moe_combine(
+    rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor, num_tokens: int, *, backend: str | None = None
+) -> Tensor:
+    """y[t] = sum over k of weights[t, k] * rows[n], where order[n] = t*K + k.
+
+    Args:
+        rows_ND: (N = T*K, D width), any floating dtype.
+        order_N: (N,) int64, a permutation of the slots, as moe_permute gives it.
+        weights_TK: (T, K), any floating dtype; rounded to the dtype of the rows.
+        num_tokens: T.
+        backend: "torch" or "reference"; None chooses.
+
+    Returns:
+        y_TD: (T, D) in the dtype of the rows, summed in fp32 (fp64 for fp64) and rounded once.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device.
+        BackendError: the named backend cannot serve these arguments.
+
+    Gradients:
+        To rows and weights.
+
+    Backends:
+        torch: every dtype and device, no host synchronisation, deterministic.
+
+    Source:
+        DeepSeek-V3, arXiv 2412.19437, eq. 12.
+    """
+    op = "moe_combine"
+    check.tensor(op, "rows_ND", rows_ND, None, None)
+    check.tensor(op, "weights_TK", weights_TK, num_tokens, None)
+    if weights_TK.shape[1] == 0:
+        check.refuse(op, "weights_TK", "have at least one expert per token", check.describe(weights_TK))
+    slots = weights_TK.numel()
+    check.tensor(op, "rows_ND", rows_ND, slots, None)
+    check.tensor(op, "order_N", order_N, slots, dtypes=(torch.int64,))
+    check.same_device(op, rows_ND, order_N=order_N, weights_TK=weights_TK)
+    return _moe_combine(rows_ND, order_N, weights_TK, num_tokens, backend=backend)
+
+
+def moe_mlp(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """y[t] = sum over k of weights[t, k] * down[e] @ relu(up[e] @ x[t])^2, with e = ids[t, k].
+
+    Args:
+        x_TD: (T tokens, D width), fp64, fp32 or bf16 (the square overflows fp16 past 255).
+        ids_TK: (T, K) int64 or int32, experts in 0..E-1 (checked on the CPU only).
+        weights_TK: (T, K), any floating dtype.
+        up_EFD: (E experts, F expert width, D), dtype of x.
+        down_EDF: (E, D, F), dtype of x.
+        backend: "torch" or "reference"; None chooses.
+
+    Returns:
+        y_TD: (T, D) in the dtype of x. An expert that no token chose is not read.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or range.
+        BackendError: the named backend cannot serve these arguments.
+
+    Gradients:
+        To x, weights, up and down; exactly 0 for the tensors of an expert that no token chose. The backward keeps x,
+        the weights and the pre-activation (T*K, F), and makes the rest again.
+
+    Backends:
+        torch: the products as in grouped_gemm, deterministic.
+
+    Source:
+        The model's experts: not gated, relu2 (So et al. 2021, arXiv 2109.08668), no biases.
+    """
+    op = "moe_mlp"
+    floats = (torch.float64, torch.float32, torch.bfloat16)
+    check.tensor(op, "x_TD", x_TD, None, None, dtypes=floats)
+    tokens, width = x_TD.shape
+    check.tensor(op, "up_EFD", up_EFD, None, None, width, dtypes=(x_TD.dtype,))
+    experts, expert_width, _ = up_EFD.shape
+    _check_widths(op, "up_EFD", up_EFD)
+    check.tensor(op, "down_EDF", down_EDF, experts, width, expert_width, dtypes=(x_TD.dtype,))
+    if experts == 0:
+        check.refuse(op, "up_EFD", "have at least one expert", check.describe(up_EFD))
+    _check_ids(op, ids_TK, tokens, experts)
+    check.tensor(op, "weights_TK", weights_TK, *ids_TK.shape)
+    check.same_device(op, x_TD, ids_TK=ids_TK, weights_TK=weights_TK, up_EFD=up_EFD, down_EDF=down_EDF)
+    return _moe_mlp(x_TD, ids_TK, weights_TK, up_EFD, down_EDF, backend=backend)
