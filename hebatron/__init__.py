@@ -1,5 +1,28 @@
 """Train, adapt and run Hebatron-class models: Mamba-2, attention and mixture-of-experts hybrids."""
 
-from .config import ModelConfig
+from __future__ import annotations
 
-__all__ = ["ModelConfig"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import Cache
+    from .config import ModelConfig
+    from .model import Hebatron, Output, RouterStats
+
+__all__ = ["Cache", "Hebatron", "ModelConfig", "Output", "RouterStats"]
+
+_HOMES = {
+    "Cache": "cache",
+    "Hebatron": "model",
+    "ModelConfig": "config",
+    "Output": "model",
+    "RouterStats": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names above are imported at first use: the command line's help need not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hebatron' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -122,7 +122,8 @@ def describe(c: ModelConfig, context: int = 65536) -> str:
         f"                    {counts.active_with_embedding:>18,}  + embedding",
         "",
         f"weights in bf16     {_gigabytes(memory.bytes_weights)}",
-        f"keys and values     {_gigabytes(memory.bytes_kv)}  at {context:,} tokens ({memory.bytes_kv_per_token:,} B a token)",
+        f"keys and values     {_gigabytes(memory.bytes_kv)}  at {context:,} tokens,"
+        f" {memory.bytes_kv_per_token:,} B a token",
         f"scan state, fp32    {_gigabytes(memory.bytes_scan_state)}  a sequence, whatever its length",
         f"conv state          {_gigabytes(memory.bytes_conv_state)}",
     ]

@@ -1,0 +1,251 @@
+"""What a sequence leaves behind for its next token: convolution and scan states, keys and values.
+
+One row per sequence. States are replaced at each step; keys and values are appended to pages, which all attention
+layers address by one block table. A row owns consecutive blocks, so the table is a plain numbering: the operators
+take any table, and a shared pool can come later without touching them.
+
+B rows, C convolution channels, W taps, H heads, P head dim, S state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+
+BLOCK_TOKENS = (
+    64  # a page; small enough that a short row wastes little, large enough that the table stays short
+)
+
+
+@dataclass
+class MambaState:
+    """`conv`: (B, C, W - 1), the last inputs in the compute dtype. `ssm`: (B, H, P, S), fp32 or fp64."""
+
+    conv: Tensor
+    ssm: Tensor
+    staged: tuple[Tensor, Tensor] | None = None
+
+    def stage(self, conv: Tensor, ssm: Tensor) -> None:
+        """Keep new states aside until the whole step has succeeded."""
+        self.staged = (conv, ssm)
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """One forward's view of a cache: where its new tokens go and which keys they see."""
+
+    cache: Cache
+    new_lengths: list[int]
+    one_token: bool  # every row brings exactly one token: the operators that update in place serve it
+    lengths: Tensor  # (B,) int32, before the step
+    block_table: Tensor  # (B, blocks) int32
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    slots_T: Tensor  # where the new tokens' keys go among all slots
+    slots_S: Tensor  # where all keys of all rows are, row after row
+
+    def mamba_state(self, layer: int) -> MambaState:
+        return self.cache.mamba[layer]
+
+    def pages(self, layer: int) -> Tensor:
+        return self.cache.pages[layer]
+
+    def extend(self, layer: int, k_THP: Tensor, v_THP: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values behind the old ones and return all of them, packed by row. Until the step
+        is committed the rows' lengths do not cover what is written here."""
+        slots = self.cache.pages[layer].flatten(1, 2)
+        slots[0, self.slots_T], slots[1, self.slots_T] = k_THP, v_THP
+        return slots[0, self.slots_S], slots[1, self.slots_S]
+
+
+class Cache:
+    """States of `batch_size` sequences; see `Hebatron.new_cache`.
+
+    An SSM state cannot be cut back to fewer tokens: take `snapshot()` before a step that may have to be undone, and
+    `restore()` it after. A step that fails leaves the cache as it was, except that a one-token step which dies half
+    way (out of memory, interrupt) has updated some layers in place: the next use then says so.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"cache: batch_size must be >= 1, got {batch_size}")
+        if not 0 <= capacity <= config.max_position_embeddings:
+            limit = config.max_position_embeddings
+            raise ValueError(
+                f"cache: capacity must be in [0, max_position_embeddings ({limit})], got {capacity}"
+            )
+        c = config
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.lengths = [0] * batch_size
+        self.broken = False
+        self.mamba: dict[int, MambaState] = {}
+        self.pages: dict[
+            int, Tensor
+        ] = {}  # (2, blocks, BLOCK_TOKENS, key heads, head dim) per attention layer
+        wide = torch.promote_types(dtype, torch.float32)
+        for layer, kind in enumerate(c.layers_block_type):
+            if kind == "mamba":
+                conv = torch.zeros(batch_size, c.conv_dim, c.conv_kernel - 1, dtype=dtype, device=device)
+                shape = (batch_size, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
+                self.mamba[layer] = MambaState(conv, torch.zeros(shape, dtype=wide, device=device))
+            elif kind == "attention":
+                page = (BLOCK_TOKENS, c.num_key_value_heads, c.head_dim)
+                self.pages[layer] = torch.zeros(2, 0, *page, dtype=dtype, device=device)
+        self._blocks_per_row = 0
+        self._reserve(capacity)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def block_table(self) -> Tensor:
+        """(B, blocks per row) int32."""
+        blocks = torch.arange(self.batch_size * self._blocks_per_row, dtype=torch.int32, device=self.device)
+        return blocks.view(self.batch_size, self._blocks_per_row)
+
+    @property
+    def bytes_used(self) -> int:
+        """Memory of everything held, reserved pages included."""
+        states = [t for state in self.mamba.values() for t in (state.conv, state.ssm)]
+        return sum(t.numel() * t.element_size() for t in [*states, *self.pages.values()])
+
+    # ---- a step
+
+    def check_room(self, new_lengths: list[int]) -> None:
+        """Refuse a step this cache cannot take, before anything is touched."""
+        if self.broken:
+            raise ValueError(
+                "cache: states must be whole, got a cache whose last step died half way; restore one"
+            )
+        if len(new_lengths) != self.batch_size:
+            raise ValueError(
+                f"cache: batch_size must equal the rows given ({len(new_lengths)}), got {self.batch_size}"
+            )
+        longest = max(old + new for old, new in zip(self.lengths, new_lengths))
+        limit = self.config.max_position_embeddings
+        if longest > limit:
+            raise ValueError(
+                f"cache: a row must stay within max_position_embeddings ({limit}), got {longest} tokens"
+            )
+
+    def begin(self, new_lengths: list[int], dtype: torch.dtype) -> CacheStep:
+        """Make room and work out where the new tokens of each row go."""
+        if dtype != self.dtype:
+            raise ValueError(f"cache: dtype must equal the model's compute_dtype ({dtype}), got {self.dtype}")
+        totals = [old + new for old, new in zip(self.lengths, new_lengths)]
+        self._reserve(max(totals))
+        for state in self.mamba.values():
+            state.staged = None  # left by a step that failed
+        one_token = all(n == 1 for n in new_lengths)
+        self.broken = one_token
+        spans = zip(range(self.batch_size), self.lengths, totals)
+        row_slots = self._blocks_per_row * BLOCK_TOKENS
+        slots_T: list[Tensor] = []
+        slots_S: list[Tensor] = []
+        if not one_token and self.pages:
+            for row, old, total in spans:
+                slots_T.append(torch.arange(row * row_slots + old, row * row_slots + total))
+                slots_S.append(torch.arange(row * row_slots, row * row_slots + total))
+        empty = torch.zeros(0, dtype=torch.int64)
+        return CacheStep(
+            cache=self,
+            new_lengths=new_lengths,
+            one_token=one_token,
+            lengths=torch.tensor(self.lengths, dtype=torch.int32, device=self.device),
+            block_table=self.block_table,
+            cu_seqlens_q=self._ends(new_lengths),
+            cu_seqlens_k=self._ends(totals),
+            slots_T=torch.cat([empty, *slots_T]).to(self.device),
+            slots_S=torch.cat([empty, *slots_S]).to(self.device),
+        )
+
+    def commit(self, step: CacheStep) -> None:
+        """Every layer has done its part: take the staged states over and advance the lengths."""
+        for state in self.mamba.values():
+            if state.staged is not None:
+                conv, ssm = state.staged
+                state.conv, state.ssm, state.staged = conv.to(self.dtype), ssm, None
+        self.lengths = [old + new for old, new in zip(self.lengths, step.new_lengths)]
+        self.broken = False
+
+    # ---- whole caches
+
+    def snapshot(self) -> Cache:
+        """An independent copy; `restore()` it, or go on from it separately."""
+        if self.broken:
+            raise ValueError(
+                "cache: states must be whole, got a cache whose last step died half way; restore one"
+            )
+        twin = object.__new__(Cache)
+        twin.config, twin.dtype, twin.device = self.config, self.dtype, self.device
+        twin.lengths, twin.broken, twin._blocks_per_row = list(self.lengths), False, self._blocks_per_row
+        twin.mamba = {n: MambaState(state.conv.clone(), state.ssm.clone()) for n, state in self.mamba.items()}
+        twin.pages = {n: pages.clone() for n, pages in self.pages.items()}
+        return twin
+
+    copy = snapshot
+
+    def restore(self, snapshot: Cache) -> None:
+        """Go back to what `snapshot` holds; it stays usable."""
+        if snapshot.config != self.config or snapshot.dtype != self.dtype or snapshot.device != self.device:
+            raise ValueError("cache: snapshot must come from a cache of the same model, got another's")
+        twin = snapshot.snapshot()
+        self.lengths, self.broken, self._blocks_per_row = twin.lengths, False, twin._blocks_per_row
+        self.mamba, self.pages = twin.mamba, twin.pages
+
+    def reorder(self, indices: list[int]) -> None:
+        """Row i becomes what row indices[i] was; rows may repeat or go, so the batch may change its size."""
+        wrong = [i for i in indices if not 0 <= i < self.batch_size]
+        if wrong or not indices:
+            raise ValueError(
+                f"cache: indices must name rows in [0, {self.batch_size}), got {wrong or indices}"
+            )
+        rows = torch.tensor(indices, device=self.device)
+        for state in self.mamba.values():
+            state.conv, state.ssm = state.conv[rows], state.ssm[rows]
+        for layer, pages in self.pages.items():
+            by_row = pages.unflatten(1, (self.batch_size, self._blocks_per_row))
+            self.pages[layer] = by_row[:, rows].flatten(1, 2)
+        self.lengths = [self.lengths[i] for i in indices]
+
+    def cut(self, length: int) -> None:
+        """Shorten every row to at most `length` tokens. Only keys and values can be cut; a model with Mamba layers
+        needs a snapshot taken at that length."""
+        if length < 0:
+            raise ValueError(f"cache: length must be >= 0, got {length}")
+        longest = max(self.lengths)
+        if length < longest and self.mamba:
+            raise ValueError(
+                f"cache: length must be >= {longest}, got {length}: a scan state cannot be cut back, restore a snapshot"
+            )
+        self.lengths = [min(n, length) for n in self.lengths]
+
+    def _reserve(self, tokens: int) -> None:
+        """At least `tokens` slots a row; doubled, so that n single steps copy O(n) tokens in all."""
+        needed = -(-tokens // BLOCK_TOKENS)
+        if needed <= self._blocks_per_row or not self.pages:
+            return
+        old = self._blocks_per_row
+        most = -(-self.config.max_position_embeddings // BLOCK_TOKENS)
+        blocks = max(needed, min(2 * old, most))
+        grown: dict[int, Tensor] = {}
+        for layer, pages in self.pages.items():
+            wider = pages.new_zeros(2, self.batch_size, blocks, *pages.shape[2:])
+            wider[:, :, :old] = pages.view(2, self.batch_size, old, *pages.shape[2:])
+            grown[layer] = wider.flatten(1, 2)
+        self.pages, self._blocks_per_row = grown, blocks
+
+    def _ends(self, lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *lengths]).cumsum(0).to(device=self.device, dtype=torch.int32)

@@ -1,0 +1,661 @@
+"""The model: embeddings, one mixer per layer (Mamba-2, attention, experts or MLP) and the head.
+
+Inside, everything is flat: the tokens of all sequences one after another, and `cu_seqlens` says where each begins.
+Padding is removed at the door (`_enter`) and put back on the logits. Module and parameter names are the hub's, except
+that an expert layer's weights are two 3-D tensors.
+
+T tokens, D width, V vocabulary, Q sequences, C convolution channels, W taps, H heads, P head dim, G groups, S state,
+E experts, K experts per token, B rows, L length of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hebatron_kernels import (
+    attention_decode,
+    attention_prefill,
+    causal_conv1d,
+    causal_conv1d_update,
+    linear_cross_entropy,
+    moe_mlp,
+    moe_route,
+    rms_norm,
+    ssd_scan,
+    ssd_update,
+)
+
+from .cache import Cache, CacheStep
+from .config import ModelConfig
+from .generate import generate
+
+
+class RouterStats(NamedTuple):
+    """What one expert layer's router did in one forward."""
+
+    loss: Tensor  # sequence_balance_loss: 1 when balanced; differentiable, unscaled
+    counts: Tensor  # (E,) int64, tokens each expert was chosen for
+    entropy: (
+        Tensor  # of the experts' shares, divided by log E: 1 when all are used equally, 0 when one does all
+    )
+
+
+@dataclass
+class Output:
+    """`logits` is fp32 (B, L, V); None where a loss was asked for and no logits."""
+
+    logits: Tensor | None = None
+    loss: Tensor | None = None
+    cache: Cache | None = None
+    aux: list[RouterStats] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer of one forward needs to know about its tokens."""
+
+    cu_seqlens: Tensor | None  # int32 (Q + 1,); None is one sequence
+    step: CacheStep | None = None
+    router_stats: bool = True
+
+
+class Linear(nn.Linear):
+    """x @ weight.T in the dtype of x: the parameter may be an fp32 master copy."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Left to `Hebatron.initialise`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float, group_size: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps, self.group_size = eps, group_size
+
+    def forward(self, x_TD: Tensor, gate_TD: Tensor | None = None) -> Tensor:
+        y_TD: Any = rms_norm(x_TD, self.weight, self.eps, gate_TD=gate_TD, group_size=self.group_size)
+        return y_TD
+
+
+class AtLeastFloat32(nn.Module):
+    """A module whose own parameters and buffers never fall below fp32, whatever `.to()` or `.bfloat16()` ask.
+
+    A step size, a decay or a router's bias in bf16 changes what the model computes: a bf16 bias alone sends 0.65 % of
+    tokens to other experts (128 experts, top 6).
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if not applied.is_floating_point() or applied.dtype.itemsize >= 4:
+                return applied
+            return tensor.to(device=applied.device, dtype=torch.float32)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(keep, recurse=False)
+
+
+class Mamba2(AtLeastFloat32):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.config = c
+        self.in_proj = Linear(c.hidden_size, c.d_inner + c.conv_dim + c.mamba_num_heads)
+        self.conv1d = DepthwiseConv(c.conv_dim, c.conv_kernel, c.use_conv_bias)
+        self.A_log = nn.Parameter(torch.empty(c.mamba_num_heads))
+        self.D = nn.Parameter(torch.empty(c.mamba_num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(c.mamba_num_heads))
+        self.norm = RMSNorm(c.d_inner, c.layer_norm_epsilon, c.d_inner // c.n_groups)
+        self.out_proj = Linear(c.d_inner, c.hidden_size)
+
+    def forward(self, x_TD: Tensor, context: Context, layer: int) -> Tensor:
+        c = self.config
+        parts = self.in_proj(x_TD).split([c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
+        z_TD, xBC_TC, dt_TH = parts
+        state = None if context.step is None else context.step.mamba_state(layer)
+        weight_CW, bias_C = self.conv1d.cast(x_TD.dtype)
+        if state is not None and context.step is not None and context.step.one_token:
+            xBC_TC = causal_conv1d_update(xBC_TC, state.conv, weight_CW, bias_C, "silu")
+            y_THP = ssd_update(state.ssm, *self._scan_arguments(xBC_TC, dt_TH), c.time_step_limit)
+        else:
+            cu = context.cu_seqlens
+            conv_before, ssm_before = (None, None) if state is None else (state.conv, state.ssm)
+            xBC_TC, conv = causal_conv1d(xBC_TC, weight_CW, bias_C, "silu", cu, conv_before)
+            arguments = self._scan_arguments(xBC_TC, dt_TH)
+            y_THP, ssm = ssd_scan(*arguments, c.time_step_limit, cu, ssm_before, chunk_size=c.chunk_size)
+            if state is not None:
+                state.stage(conv, ssm)
+        return self.out_proj(self.norm(y_THP.flatten(1), z_TD))
+
+    def _scan_arguments(self, xBC_TC: Tensor, dt_TH: Tensor) -> tuple[Tensor, ...]:
+        c = self.config
+        x_TD, B_TD, C_TD = xBC_TC.split([c.d_inner, *[c.n_groups * c.ssm_state_size] * 2], dim=-1)
+        x_THP = x_TD.unflatten(1, (c.mamba_num_heads, c.mamba_head_dim))
+        B_TGS, C_TGS = (t.unflatten(1, (c.n_groups, c.ssm_state_size)) for t in (B_TD, C_TD))
+        return x_THP, dt_TH, -torch.exp(self.A_log), B_TGS, C_TGS, self.D, self.dt_bias
+
+
+class DepthwiseConv(nn.Module):
+    """Holds the short convolution's weights under the hub's names and shape (C, 1, W)."""
+
+    def __init__(self, channels: int, taps: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", nn.Parameter(torch.empty(channels)) if bias else None)
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        return self.weight.squeeze(1).to(dtype), None if self.bias is None else self.bias.to(dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with no positional encoding, scale 1/sqrt(head_dim)."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.config = c
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+
+    def forward(self, x_TD: Tensor, context: Context, layer: int) -> Tensor:
+        c, step = self.config, context.step
+        q_THP = self.q_proj(x_TD).unflatten(1, (c.num_attention_heads, c.head_dim))
+        k_THP, v_THP = (p(x_TD).unflatten(1, (-1, c.head_dim)) for p in (self.k_proj, self.v_proj))
+        if step is None:
+            y_THP = attention_prefill(q_THP, k_THP, v_THP, context.cu_seqlens, context.cu_seqlens)
+        elif step.one_token:
+            pages = step.pages(layer)
+            y_THP = attention_decode(q_THP, k_THP, v_THP, pages, step.block_table, step.lengths)
+        else:
+            keys_SHP, values_SHP = step.extend(layer, k_THP, v_THP)
+            y_THP = attention_prefill(q_THP, keys_SHP, values_SHP, step.cu_seqlens_q, step.cu_seqlens_k)
+        return self.o_proj(y_THP.flatten(1))
+
+
+class MLP(nn.Module):
+    """down(relu(up(x))^2): not gated, no bias."""
+
+    def __init__(self, c: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.up_proj = Linear(c.hidden_size, width)
+        self.down_proj = Linear(width, c.hidden_size)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.relu(self.up_proj(x_TD)).square())
+
+
+class Router(AtLeastFloat32):
+    """Sigmoid scores in fp32; a bias that gradient descent does not see decides the choice and not the weights."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.config = c
+        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
+        self.e_score_correction_bias: Tensor
+        self.register_buffer("e_score_correction_bias", torch.zeros(c.n_routed_experts))
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        c = self.config
+        logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
+        weights_TK, ids_TK, counts_E = moe_route(
+            logits_TE,
+            self.e_score_correction_bias,
+            c.num_experts_per_tok,
+            c.n_group,
+            c.topk_group,
+            c.norm_topk_prob,
+            c.routed_scaling_factor,
+        )
+        return logits_TE, weights_TK, ids_TK, counts_E
+
+
+class Experts(nn.Module):
+    """The routed experts' weights: (E, F, D) up and (E, D, F) down."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        E, width = c.n_routed_experts, c.moe_intermediate_size
+        self.up_proj = nn.Parameter(torch.empty(E, width, c.expert_dim))
+        self.down_proj = nn.Parameter(torch.empty(E, c.expert_dim, width))
+
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return moe_mlp(x_TD, ids_TK, weights_TK, self.up_proj.to(x_TD.dtype), self.down_proj.to(x_TD.dtype))
+
+
+class MoE(nn.Module):
+    """Routed experts (at the latent width where there is one) plus a shared expert; the router sees the full width."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(c)
+        self.experts = Experts(c)
+        self.shared_experts = MLP(c, c.moe_shared_expert_intermediate_size)
+        self.latent = c.moe_latent_size is not None
+        if c.moe_latent_size is not None:
+            self.fc1_latent_proj = Linear(c.hidden_size, c.moe_latent_size)
+            self.fc2_latent_proj = Linear(c.moe_latent_size, c.hidden_size)
+
+    def forward(self, x_TD: Tensor, context: Context) -> tuple[Tensor, RouterStats | None]:
+        logits_TE, weights_TK, ids_TK, counts_E = self.gate(x_TD)
+        inner_TD = self.fc1_latent_proj(x_TD) if self.latent else x_TD
+        routed_TD = self.experts(inner_TD, ids_TK, weights_TK)
+        y_TD = (self.fc2_latent_proj(routed_TD) if self.latent else routed_TD) + self.shared_experts(x_TD)
+        stats = None
+        if context.router_stats:
+            loss = sequence_balance_loss(logits_TE, ids_TK, context.cu_seqlens)
+            stats = RouterStats(loss, counts_E.long(), load_entropy(counts_E))
+        return y_TD, stats
+
+
+def sequence_balance_loss(logits_TE: Tensor, ids_TK: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """E * sum_e f_e P_e in each sequence, averaged over the tokens of all: 1 when every expert gets its share.
+
+    f_e is the share of the sequence's choices that fell on expert e (no gradient), P_e the mean of its scores divided
+    by their sum. The average is over tokens and not over sequences, so a document of three tokens, which cannot be
+    balanced, weighs three tokens.
+    """
+    T, E = logits_TE.shape
+    K = ids_TK.shape[1]
+    scores_TE = torch.sigmoid(logits_TE)
+    shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+    if cu_seqlens is None:
+        sequence_T, lengths_Q = torch.zeros_like(ids_TK[:, 0]), ids_TK.new_full((1,), T)
+    else:
+        token_T = torch.arange(T, device=ids_TK.device)
+        sequence_T = torch.searchsorted(cu_seqlens[1:].long(), token_T, right=True)
+        lengths_Q = cu_seqlens.diff().long()
+    Q = lengths_Q.shape[0]
+    slots = (sequence_T[:, None] * E + ids_TK).flatten()
+    chosen_QE = torch.zeros(Q * E, dtype=logits_TE.dtype, device=logits_TE.device)
+    chosen_QE = chosen_QE.index_add(0, slots, torch.ones_like(slots, dtype=logits_TE.dtype)).view(Q, E)
+    shares_QE = torch.zeros_like(chosen_QE).index_add(0, sequence_T, shares_TE)
+    per_sequence_Q = (chosen_QE * shares_QE).sum(-1) / lengths_Q.clamp(min=1)
+    return per_sequence_Q.sum() * (E / (K * max(T, 1)))
+
+
+def load_entropy(counts_E: Tensor) -> Tensor:
+    """Entropy of the experts' shares of the tokens, divided by log E."""
+    shares_E = counts_E / counts_E.sum().clamp(min=1)
+    return torch.special.entr(shares_E).sum() / math.log(max(counts_E.shape[0], 2))
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, c: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.kind, self.index = c.layers_block_type[index], index
+        self.norm = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
+        self.mixer: nn.Module
+        if self.kind == "mamba":
+            self.mixer = Mamba2(c)
+        elif self.kind == "attention":
+            self.mixer = Attention(c)
+        elif self.kind == "moe":
+            self.mixer = MoE(c)
+        else:
+            self.mixer = MLP(c, c.intermediate_size)
+
+    def forward(self, x_TD: Tensor, context: Context) -> tuple[Tensor, RouterStats | None]:
+        normed_TD = self.norm(x_TD)
+        if self.kind == "moe":
+            y_TD, stats = self.mixer(normed_TD, context)
+            return x_TD + y_TD, stats
+        if self.kind == "mlp":
+            return x_TD + self.mixer(normed_TD), None
+        return x_TD + self.mixer(normed_TD, context, self.index), None
+
+
+class Backbone(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(
+            c.vocab_size, c.hidden_size, _weight=torch.empty(c.vocab_size, c.hidden_size)
+        )
+        self.layers = nn.ModuleList(Layer(c, index) for index in range(c.num_hidden_layers))
+        self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
+
+
+class Hebatron(nn.Module):
+    """A language model of the Nemotron-3 family.
+
+    Args:
+        config: the architecture.
+        compute_dtype: dtype of activations; parameters are cast to it at use and may stay fp32 masters. None: the
+            parameters' own dtype.
+        seed: of the initial weights; the same seed gives the same weights.
+        device: where to build; on "meta" nothing is allocated or initialised.
+
+    Attributes:
+        activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"Hebatron: compute_dtype must be float32 or bfloat16, got {compute_dtype}")
+        self.config = config
+        self._compute_dtype = compute_dtype
+        self.activation_checkpointing = False
+        self.stored_dtypes: dict[
+            str, torch.dtype
+        ] = {}  # of fp32-kept tensors that a checkpoint held in another dtype
+        with torch.device(device if device is not None else torch.get_default_device()):
+            self.backbone = Backbone(config)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+        if self.device.type != "meta":
+            self.initialise(seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.embeddings.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self._compute_dtype or self.backbone.embeddings.weight.dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        self._compute_dtype = dtype
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Fresh weights: normal(initializer_range), with what Mamba-2 wants for its decays, steps and output."""
+        c = self.config
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for name, p in self.named_parameters():
+            leaf = name.rsplit(".", 2)[-2:]
+            if leaf[-1] == "A_log":
+                p.copy_(torch.arange(1, p.shape[0] + 1, device=p.device, dtype=p.dtype).log())
+            elif leaf[-1] == "D" or leaf[0] in ("norm", "norm_f"):
+                p.fill_(1.0)
+            elif leaf[-1] == "dt_bias":
+                low, high = math.log(max(c.time_step_min, c.time_step_floor)), math.log(c.time_step_max)
+                steps = torch.rand(p.shape, generator=generator, device=p.device, dtype=p.dtype)
+                dt = (steps * (high - low) + low).exp().clamp(min=c.time_step_floor)
+                p.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+            elif leaf[0] == "conv1d":
+                bound = c.conv_kernel**-0.5  # a convolution's usual uniform start
+                p.uniform_(-bound, bound, generator=generator)
+            else:
+                p.normal_(0.0, c.initializer_range, generator=generator)
+                if leaf[0] == "out_proj" and c.rescale_prenorm_residual:
+                    p.div_(math.sqrt(c.num_hidden_layers))
+        for name, buffer in self.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.zero_()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | None = None,
+        loss_reduction: str = "mean",
+    ) -> Output:
+        """Logits, or the loss of given targets.
+
+        Args:
+            input_ids: (B, L) token ids; with cu_seqlens (1, T) or (T,), documents packed one after another.
+            attention_mask: (B, L) of 0 and 1 for these ids alone; the ones of a row must be one run (padding on
+                either side). Padded positions have logits 0.
+            cu_seqlens: int32 (Q + 1,), where each document begins, from 0 to T. No document sees another.
+            cache: continue the sequences it holds; it is advanced in place, and no gradient is recorded. Rows may
+                bring no tokens at all (a row of zeros in the mask).
+            labels: like input_ids, the target at each position (already shifted); -100 is ignored. The loss is
+                computed without building logits, and logits are only returned if logits_to_keep is given too.
+            logits_to_keep: only the last n real tokens of each sequence: logits are (Q, n, V), right-aligned, zeros
+                where a sequence is shorter.
+            loss_reduction: "mean" over the targets that count, or "sum".
+
+        Raises:
+            ValueError: naming the argument, what was expected and what came; the cache is then as it was.
+        """
+        packed = _enter(self.config, input_ids, attention_mask, cu_seqlens, cache, labels, logits_to_keep)
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"forward: loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        if cache is None:
+            return self._forward(packed, None, None, logits_to_keep, loss_reduction)
+        with torch.no_grad():
+            step = cache.begin(packed.lengths, self.compute_dtype)
+            out = self._forward(packed, cache, step, logits_to_keep, loss_reduction)
+            cache.commit(step)
+        return out
+
+    def _forward(
+        self,
+        packed: Packed,
+        cache: Cache | None,
+        step: CacheStep | None,
+        logits_to_keep: int | None,
+        loss_reduction: str,
+    ) -> Output:
+        context = Context(packed.cu_seqlens, step, router_stats=step is None)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        x_TD = F.embedding(packed.ids_T, self.backbone.embeddings.weight).to(self.compute_dtype)
+        aux = []
+        for layer in self.backbone.layers:
+            if recompute:
+                x_TD, stats = checkpoint(layer, x_TD, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD, stats = layer(x_TD, context)
+            if stats is not None:
+                aux.append(stats)
+        x_TD = self.backbone.norm_f(x_TD)
+        out = Output(cache=cache, aux=aux)
+        if packed.labels_T is not None:
+            weight_VD = self.lm_head.weight.to(x_TD.dtype)
+            out.loss = linear_cross_entropy(x_TD, weight_VD, packed.labels_T, reduction=loss_reduction)
+        if logits_to_keep is not None:
+            out.logits = self._last_logits(x_TD, packed, logits_to_keep)
+        elif packed.labels_T is None:
+            out.logits = packed.restore(self._logits(x_TD))
+        return out
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        logits_TV = self.lm_head(x_TD)
+        return logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+
+    def _last_logits(self, x_TD: Tensor, packed: Packed, n: int) -> Tensor:
+        ends = torch.tensor(packed.lengths, device=x_TD.device).cumsum(0)
+        begins_Q1 = (ends - torch.tensor(packed.lengths, device=x_TD.device))[:, None]
+        rows_QN = ends[:, None] - n + torch.arange(n, device=x_TD.device)
+        logits_QNV = self._logits(x_TD[rows_QN.clamp(min=0)].flatten(0, 1)).unflatten(0, rows_QN.shape)
+        return logits_QNV.masked_fill((rows_QN < begins_Q1)[..., None], 0.0)
+
+    @torch.no_grad()
+    def update_router_bias(self, counts_per_layer: Sequence[Tensor], rate: float) -> None:
+        """bias += rate * sign(mean - count): experts with too few tokens become easier to choose.
+
+        Args:
+            counts_per_layer: (E,) for each expert layer in order, summed over everything one optimizer step saw.
+            rate: the step; 1e-3 is customary.
+        """
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        if len(counts_per_layer) != len(routers):
+            raise ValueError(
+                f"update_router_bias: counts_per_layer must have {len(routers)} entries, got {len(counts_per_layer)}"
+            )
+        for router, counts_E in zip(routers, counts_per_layer):
+            bias = router.e_score_correction_bias
+            if counts_E.shape != bias.shape:
+                raise ValueError(
+                    f"update_router_bias: counts must have shape {tuple(bias.shape)}, got {tuple(counts_E.shape)}"
+                )
+            counts = counts_E.to(bias)
+            bias.add_(torch.sign(counts.mean() - counts), alpha=rate)
+
+    def new_cache(self, batch_size: int, capacity: int = 0) -> Cache:
+        """An empty cache for `batch_size` sequences; it grows as needed, `capacity` tokens a row are kept ready."""
+        return Cache(self.config, batch_size, capacity, self.compute_dtype, self.device)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """See `hebatron.generate.generate`."""
+
+        return generate(self, input_ids, attention_mask, **options)
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Hebatron:
+        """See `hebatron.hub.from_pretrained`."""
+        from .hub import from_pretrained
+
+        return from_pretrained(folder, dtype, device)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """See `hebatron.hub.save_pretrained`."""
+        from .hub import save_pretrained
+
+        save_pretrained(self, folder, dtype)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One forward's input without padding."""
+
+    ids_T: Tensor
+    labels_T: Tensor | None
+    cu_seqlens: Tensor | None
+    lengths: list[int]  # of each sequence; empty while compiling
+    shape: tuple[int, ...]  # of input_ids, (1, T) for flat input
+    kept_T: Tensor | None  # places of the tokens among the B * L; None: all of them
+
+    def restore(self, logits_TV: Tensor) -> Tensor:
+        """Back to (B, L, V), zeros at the padding."""
+        if self.kept_T is not None:
+            places = math.prod(self.shape)
+            logits_TV = logits_TV.new_zeros(places, logits_TV.shape[-1]).index_copy(0, self.kept_T, logits_TV)
+        return logits_TV.view(*self.shape, -1)
+
+
+def _enter(
+    c: ModelConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cache: Cache | None,
+    labels: Tensor | None,
+    logits_to_keep: int | None,
+) -> Packed:
+    """Check everything a caller can get wrong, and take the padding out."""
+    _must(isinstance(input_ids, Tensor), "input_ids", "be a tensor", type(input_ids).__name__)
+    whole = not input_ids.is_floating_point() and input_ids.dtype != torch.bool and not input_ids.is_complex()
+    _must(whole, "input_ids", "hold integers", input_ids.dtype)
+    shape = tuple(input_ids.shape)
+    if cu_seqlens is not None:
+        _must(attention_mask is None, "cu_seqlens", "come without attention_mask", "both")
+        _must(len(shape) == 1 or (len(shape) == 2 and shape[0] == 1), "input_ids", "be (T,) or (1, T)", shape)
+    else:
+        _must(len(shape) == 2, "input_ids", "have shape (B, L)", shape)
+    _must(input_ids.numel() > 0, "input_ids", "hold at least one token", f"shape {shape}")
+    if labels is not None:
+        _must(
+            tuple(labels.shape) == shape,
+            "labels",
+            f"have the shape of input_ids {shape}",
+            tuple(labels.shape),
+        )
+        _must(labels.dtype == torch.int64, "labels", "be int64", labels.dtype)
+    _must(logits_to_keep is None or logits_to_keep >= 1, "logits_to_keep", "be None or >= 1", logits_to_keep)
+    if torch.compiler.is_compiling():
+        _must(
+            cache is None and attention_mask is None, "forward", "be compiled without cache and mask", "one"
+        )
+    else:
+        _check_ids(c, "input_ids", input_ids)
+
+    kept_T, labels_T = None, None if labels is None else labels.flatten()
+    ids_T = input_ids.flatten().long()
+    lengths = [shape[-1]] * (shape[0] if len(shape) == 2 else 1)
+    if cu_seqlens is not None:
+        lengths = [] if torch.compiler.is_compiling() else _check_cu_seqlens(cu_seqlens, input_ids)
+    elif attention_mask is not None:
+        kept_T, lengths = _unpad(attention_mask, input_ids, allow_empty=cache is not None)
+        ids_T = ids_T[kept_T]
+        labels_T = None if labels_T is None else labels_T[kept_T]
+    if cu_seqlens is None and len(lengths) > 1:
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        cu_seqlens = ends.to(torch.int32).to(input_ids.device)
+    if cache is not None:
+        cache.check_room(lengths)
+    _must(
+        logits_to_keep is None or bool(lengths),
+        "logits_to_keep",
+        "be None under torch.compile",
+        logits_to_keep,
+    )
+    return Packed(ids_T, labels_T, cu_seqlens, lengths, (1, *shape) if len(shape) == 1 else shape, kept_T)
+
+
+def _check_ids(c: ModelConfig, name: str, ids: Tensor) -> None:
+    low, high = (int(x) for x in torch.aminmax(ids))
+    inside = 0 <= low and high < c.vocab_size
+    _must(inside, name, f"be in [0, {c.vocab_size})", low if low < 0 else high)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, input_ids: Tensor) -> list[int]:
+    tokens = input_ids.numel()
+    right = cu_seqlens.dtype == torch.int32 and cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2
+    got = f"{cu_seqlens.dtype}{list(cu_seqlens.shape)}"
+    _must(right, "cu_seqlens", "be int32 of shape (Q + 1,) with Q >= 1", got)
+    same = cu_seqlens.device == input_ids.device
+    _must(same, "cu_seqlens", f"be on {input_ids.device} like input_ids", cu_seqlens.device)
+    ends = cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(ends, ends[1:])]
+    right = ends[0] == 0 and ends[-1] == tokens and min(lengths) >= 0
+    _must(right, "cu_seqlens", f"rise from 0 to {tokens} (the number of tokens)", ends[:8])
+    return lengths
+
+
+def _unpad(attention_mask: Tensor, input_ids: Tensor, allow_empty: bool) -> tuple[Tensor | None, list[int]]:
+    shape = tuple(input_ids.shape)
+    got = tuple(attention_mask.shape)
+    _must(got == shape, "attention_mask", f"have the shape of input_ids {shape}", got)
+    mask_BL = attention_mask.to(device=input_ids.device, dtype=torch.bool)
+    binary = bool((attention_mask.to(input_ids.device) == mask_BL).all())
+    _must(binary, "attention_mask", "hold only 0 and 1", "another value")
+    begins_BL = F.pad(mask_BL, (1, 0))[:, :-1].logical_not() & mask_BL
+    runs_B = begins_BL.sum(1)
+    row = int(runs_B.argmax())
+    _must(int(runs_B[row]) <= 1, "attention_mask", "have no holes inside a row", f"several runs in row {row}")
+    lengths = mask_BL.sum(1).tolist()
+    if not allow_empty and 0 in lengths:
+        raise ValueError(
+            f"forward: attention_mask must keep a token in every row, got none in row {lengths.index(0)}"
+        )
+    _must(sum(lengths) > 0, "attention_mask", "keep at least one token", "none")
+    return (None if sum(lengths) == math.prod(shape) else mask_BL.flatten().nonzero()[:, 0]), lengths
+
+
+def _must(condition: bool, name: str, rule: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"forward: {name} must {rule}, got {value}")
