@@ -1,0 +1,330 @@
+"""Metrics of a run: metrics.jsonl is the truth, the terminal panel and the plot are views of it.
+
+One JSON object per line, in step order, each with "kind" and "step" (optimizer steps completed):
+    step    phase, loss, aux_loss, lr, grad_norm, tokens, loss_tokens, anchor_tokens, skipped, router
+    eval    bpb (bits per byte by source), router_load (expert counts of that step, by MoE layer)
+    sample  prompt, text
+What depends on the clock is under "time" alone, so that a resumed run's file equals an uninterrupted one's
+in everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.panel import Panel
+
+METRICS = "metrics.jsonl"
+Record = dict[str, Any]
+
+# ---------------------------------------------------------------- the file
+
+
+class MetricsWriter:
+    """Append-only writer. Opening at `step` cuts off every later record and a half-written last line."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        lines = _lines_up_to(path, step) if path.exists() else []
+        tmp = path.with_name(f".tmp-{path.name}")
+        with tmp.open("wb") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+        self._file: IO[bytes] = path.open("ab")
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make what was written durable; called before a checkpoint that relies on it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run_dir: Path) -> list[Record]:
+    """Every complete record of a run, in order. A last line cut by a crash is left out."""
+    path = run_dir / METRICS
+    if not path.is_file():
+        raise ValueError(f"metrics: run_dir must hold {METRICS}, got {run_dir}")
+    return [record for _, record in _records(path)]
+
+
+def without_time(record: Record) -> Record:
+    return {key: value for key, value in record.items() if key != "time"}
+
+
+def _records(path: Path) -> list[tuple[bytes, Record]]:
+    records: list[tuple[bytes, Record]] = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not line.endswith(b"\n"):
+            break
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"metrics: {path} line {number} must be JSON, got {line[:60]!r}") from error
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(
+                f"metrics: {path} line {number} must be an object with a step, got {line[:60]!r}"
+            )
+        records.append((line, record))
+    return records
+
+
+def _lines_up_to(path: Path, step: int) -> list[bytes]:
+    return [line for line, record in _records(path) if record["step"] <= step]
+
+
+# ---------------------------------------------------------------- router
+
+
+def router_load(counts_E: Tensor) -> dict[str, float]:
+    """How evenly tokens fall on the experts of one layer.
+
+    max_over_ideal is 1 when even and E when all go to one; entropy is that of the load over ln E, in [0, 1].
+    """
+    total, experts = float(counts_E.sum()), counts_E.numel()
+    if total == 0:
+        return {"mean": 0.0, "max_over_ideal": 0.0, "dead": 1.0, "load_entropy": 0.0}
+    share_E = counts_E.double() / total
+    nats = float(-(share_E * share_E.clamp_min(1e-300).log()).sum())
+    return {
+        "mean": total / experts,
+        "max_over_ideal": float(share_E.max()) * experts,
+        "dead": float((counts_E == 0).double().mean()),
+        "load_entropy": nats / math.log(experts) if experts > 1 else 1.0,
+    }
+
+
+# ---------------------------------------------------------------- the screen
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def load_bars(counts: Sequence[int], width: int = 64) -> str:
+    """One character per expert, full height at twice the even share; neighbours are summed beyond `width`."""
+    per_char = -(-len(counts) // width)
+    sums = [sum(counts[i : i + per_char]) for i in range(0, len(counts), per_char)]
+    even = sum(sums) / len(sums)
+    if even == 0:
+        return BARS[0] * len(sums)
+    top = len(BARS) - 1
+    return "".join(BARS[0] if s == 0 else BARS[max(1, min(top, round(s / even * top / 2)))] for s in sums)
+
+
+def bpb_text(bpb: dict[str, float]) -> str:
+    return "  ".join(f"{source} {value:.3f}" for source, value in bpb.items())
+
+
+class PlainReporter:
+    """One line every `every` steps, and one per evaluation: for logs and pipes."""
+
+    def __init__(self, total_steps: int, every: int) -> None:
+        self.total_steps, self.every = total_steps, every
+
+    def __enter__(self) -> PlainReporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def step(self, record: Record, load: Sequence[Sequence[int]]) -> None:
+        step, time = record["step"], record["time"]
+        if step % self.every and step != self.total_steps and not record["skipped"]:
+            return
+        loss = "skipped, gradient not finite" if record["skipped"] else f"loss {record['loss']:.4f}"
+        percent = 100 * step / self.total_steps
+        self.note(
+            f"step {step}/{self.total_steps} ({percent:.0f}%)  {record['phase']}  {loss}  "
+            f"lr {record['lr']:.2e}  {time['tokens_per_s']:,.0f} tok/s  ETA {duration(time['eta_s'])}"
+        )
+
+    def event(self, record: Record) -> None:
+        if record["kind"] == "eval":
+            self.note(f"step {record['step']}  bits per byte: {bpb_text(record['bpb'])}")
+        elif record["kind"] == "sample":
+            self.note(f"step {record['step']}  sample:\n{record['prompt']}{record['text']}")
+
+
+class LiveReporter:
+    """A panel that redraws in place: loss, bits per byte by source, rate, speed, phase, expert loads."""
+
+    def __init__(self, total_steps: int, title: str) -> None:
+        self.total_steps, self.title = total_steps, title
+        self.losses: deque[float] = deque(maxlen=60)
+        self.last: Record | None = None
+        self.load: Sequence[Sequence[int]] = ()
+        self.bpb: dict[str, list[float]] = {}
+        self.sample: Record | None = None
+        self.live: Live | None = None
+
+    def __enter__(self) -> LiveReporter:
+        from rich.live import Live
+
+        self.live = Live(refresh_per_second=4)
+        self.live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.__exit__(kind, error, trace)
+
+    def note(self, text: str) -> None:
+        if self.live is not None:
+            self.live.console.print(text, markup=False)
+
+    def step(self, record: Record, load: Sequence[Sequence[int]]) -> None:
+        self.last, self.load = record, load
+        if not record["skipped"]:
+            self.losses.append(record["loss"])
+        self._draw()
+
+    def event(self, record: Record) -> None:
+        if record["kind"] == "eval":
+            for source, value in record["bpb"].items():
+                self.bpb.setdefault(source, []).append(value)
+        elif record["kind"] == "sample":
+            self.sample = record
+        self._draw()
+
+    def _draw(self) -> None:
+        if self.live is not None and self.last is not None:
+            self.live.update(self._panel(self.last))
+
+    def _panel(self, last: Record) -> Panel:
+        from rich.console import Group, RenderableType
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        time = last["time"]
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            f"step {last['step']}/{self.total_steps}",
+            f"[bold]{last['phase']}[/]",
+            f"ETA {duration(time['eta_s'])}",
+            f"{time['tokens_per_s']:,.0f} tok/s",
+            f"lr {last['lr']:.2e}",
+            f"grad {last['grad_norm']:.2f}" if last["grad_norm"] is not None else "[red]grad not finite[/]",
+        )
+        body = Table.grid(padding=(0, 2))
+        if self.losses:
+            body.add_row("loss", f"{self.losses[-1]:.4f}", sparkline(self.losses))
+        for source, values in self.bpb.items():
+            body.add_row(f"bpb {source}", f"{values[-1]:.3f}", sparkline(values[-60:]))
+        for layer, (stats, counts) in enumerate(zip(last["router"], self.load, strict=True)):
+            body.add_row(
+                f"experts {layer}",
+                f"max {stats['max_over_ideal']:.1f}x",
+                load_bars(counts),
+                f"dead {stats['dead']:.0%}",
+            )
+        parts: list[RenderableType] = [head, ProgressBar(self.total_steps, last["step"]), body]
+        if self.sample is not None:  # Hebrew on a line of its own: the terminal orders right-to-left text
+            parts += [
+                Text(f"sample at step {self.sample['step']}:"),
+                Text(self.sample["prompt"] + self.sample["text"]),
+            ]
+        return Panel(Group(*parts), title=self.title)
+
+
+def sparkline(values: Sequence[float] | deque[float]) -> str:
+    low, high = min(values), max(values)
+    scale = (len(BARS) - 2) / (high - low) if high > low else 0.0
+    return "".join(BARS[1 + round((value - low) * scale)] for value in values)
+
+
+Reporter = PlainReporter | LiveReporter
+
+
+def make_reporter(total_steps: int, every: int, title: str) -> Reporter:
+    """The live panel on a terminal, plain lines elsewhere."""
+    return LiveReporter(total_steps, title) if sys.stdout.isatty() else PlainReporter(total_steps, every)
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def plot(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Draw metrics.jsonl of a run as one PNG (default: run_dir/metrics.png) and return its path.
+
+    Four panels over steps, with phase bands: training loss, bits per byte by source, learning rate, router
+    entropy and largest load by layer.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display, 0.4 s only when used
+
+    run_dir = Path(run_dir)
+    records = read_metrics(run_dir)
+    steps = [r for r in records if r["kind"] == "step" and not r["skipped"]]
+    evals = [r for r in records if r["kind"] == "eval"]
+    if not steps:
+        raise ValueError(f"plot: run_dir must hold at least one training step, got {run_dir}")
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
+    x = [r["step"] for r in steps]
+    axes[0, 0].plot(x, [r["loss"] for r in steps], linewidth=0.8)
+    axes[0, 0].set(ylabel="loss (nats per token)", title="training loss")
+    for source in sorted({source for r in evals for source in r["bpb"]}):
+        points = [(r["step"], r["bpb"][source]) for r in evals if source in r["bpb"]]
+        axes[0, 1].plot(*zip(*points, strict=True), marker=".", label=source)
+    axes[0, 1].set(ylabel="bits per byte", title="held-out text by source")
+    axes[1, 0].plot(x, [r["lr"] for r in steps])
+    axes[1, 0].set(ylabel="learning rate", xlabel="step", title="learning rate")
+    for layer in range(len(steps[0]["router"])):
+        axes[1, 1].plot(
+            x, [r["router"][layer]["load_entropy"] for r in steps], linewidth=0.8, label=f"MoE {layer}"
+        )
+    axes[1, 1].set(ylabel="entropy of the load / ln E", xlabel="step", title="router (1 = even)")
+    for axis in axes.flat:
+        _phase_bands(axis, steps)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    path = Path(out) if out is not None else run_dir / "metrics.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _phase_bands(axis: Any, steps: Sequence[Record]) -> None:
+    start = 0
+    for i, record in enumerate(steps):
+        if i + 1 == len(steps) or steps[i + 1]["phase"] != record["phase"]:
+            index = len({r["phase"] for r in steps[:start]})
+            axis.axvspan(
+                steps[start]["step"] - 0.5, record["step"] + 0.5, alpha=0.06 + 0.08 * (index % 2), color="C0"
+            )
+            axis.annotate(
+                record["phase"],
+                (steps[start]["step"], 0.98),
+                xycoords=("data", "axes fraction"),
+                fontsize=7,
+                va="top",
+            )
+            start = i + 1

@@ -1,0 +1,110 @@
+"""AdamW, learning-rate schedules and gradient clipping: the pieces a training step is built from."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from hebatron.runconfig import OptimizerConfig, ScheduleConfig
+
+# Decay would pull these towards zero, where they do not belong whatever their rank: the scan's decay rate,
+# its skip and its step bias carry time scales, and the router's correction bias is not trained by gradient.
+NO_DECAY_NAMES = ("A_log", "D", "dt_bias", "bias", "e_score_correction_bias")
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: matrices only, never norms, biases or the scan's per-head parameters."""
+    return parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in NO_DECAY_NAMES and "norm" not in name
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the fp32 master parameters in two groups: decayed matrices, then everything else."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise ValueError("train: model must have a trainable parameter, got none")
+    wrong = [f"{name} {parameter.dtype}" for name, parameter in named if parameter.dtype != torch.float32]
+    if wrong:
+        raise ValueError(f"train: master parameters must be torch.float32, got {', '.join(wrong[:10])}")
+    groups = [
+        {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.weight_decay},
+        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+    # AdamW makes its state lazily, for parameters that have had a gradient. Made here, in the same form, a
+    # checkpoint of any step has one entry per parameter and loading is a plain copy.
+    for _, parameter in named:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
+
+
+def learning_rate(
+    step: int, total_steps: int, config: ScheduleConfig, peak: float, phase_starts: Sequence[int] = (0,)
+) -> float:
+    """Learning rate of 0-based `step`: a pure function, so a resumed run needs no scheduler state.
+
+    wsd       linear warm-up to `peak`, flat, then a linear or 1-sqrt decay to `peak * floor` over the last
+              `decay_share` of the run
+    cosine    warm-up, then half a cosine down to `peak * floor`
+    constant  warm-up, then flat
+    With `phase_warmup_steps`, each later phase starts again from `floor` and climbs in that many steps.
+    """
+    if not 0 <= step < total_steps:
+        raise ValueError(f"learning_rate: step must be in [0, {total_steps}), got {step}")
+    warmup = min(config.warmup_steps, total_steps)
+    scale = _shape(step, total_steps, warmup, config)
+    if step < warmup:
+        scale = (step + 1) / warmup
+    phase_start = phase_starts[max(bisect_right(phase_starts, step) - 1, 0)]
+    since = step - phase_start
+    if phase_start > 0 and since < config.phase_warmup_steps:
+        climb = (since + 1) / config.phase_warmup_steps
+        scale *= config.floor + (1.0 - config.floor) * climb
+    return peak * scale
+
+
+def _shape(step: int, total_steps: int, warmup: int, config: ScheduleConfig) -> float:
+    """The schedule after warm-up. The floor is met one step past the end, so that no step runs at rate 0."""
+    if config.name == "constant":
+        return 1.0
+    if config.name == "cosine":
+        progress = (step - warmup + 1) / (total_steps - warmup + 1)
+        return config.floor + (1.0 - config.floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    decay_steps = min(round(config.decay_share * total_steps), total_steps - warmup)
+    into_decay = step - (total_steps - decay_steps) + 1
+    if into_decay <= 0:
+        return 1.0
+    progress = into_decay / (decay_steps + 1)
+    fall = progress if config.decay == "linear" else math.sqrt(progress)
+    return 1.0 - (1.0 - config.floor) * fall
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> float:
+    """Scale gradients in place to a global L2 norm of at most `max_norm` (0 only measures). Returns the norm.
+
+    A non-finite norm is returned as it is and leaves the gradients alone: the caller skips the step.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    value = float(norm)
+    if math.isfinite(value) and 0.0 < max_norm < value:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return value

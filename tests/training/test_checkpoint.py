@@ -1,0 +1,370 @@
+"""Checkpoints: atomic at every file-system call, every kind of damage refused, nothing half-loaded."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hebatron import checkpoint
+from hebatron.checkpoint import (
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    CheckpointError,
+    checkpoints,
+    load_checkpoint,
+    newest_valid,
+    remove_old,
+    run_lock,
+    save_checkpoint,
+)
+from hebatron.optim import build_optimizer
+from hebatron.runconfig import OptimizerConfig
+
+
+class Toy(nn.Module):
+    """A tied weight, a persistent buffer and a non-persistent one: what a checkpoint must tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.embed.weight
+        self.register_buffer("router_bias", torch.zeros(3))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return self.head(self.embed(ids_T))
+
+
+def trained(steps: int = 3, seed: int = 0) -> tuple[Toy, torch.optim.AdamW]:
+    torch.manual_seed(seed)
+    model = Toy()
+    optimizer = build_optimizer(model, OptimizerConfig())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.tensor([0, 1, 2])).square().sum().backward()
+        optimizer.step()
+        model.router_bias += 0.1
+    return model, optimizer
+
+
+def bits(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, bytes]:
+    tensors = checkpoint.model_tensors(model)
+    for name, parameter in model.named_parameters():
+        tensors |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def saved(root: Path, step: int = 3) -> Path:
+    return save_checkpoint(root, step, *trained(), {"plan_hash": "p"})
+
+
+def test_load_checkpoint_restores_every_bit(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    folder = save_checkpoint(tmp_path, 3, model, optimizer, {"plan_hash": "p"})
+    expected, rng = bits(model, optimizer), torch.get_rng_state()
+    other, other_optimizer = trained(steps=0, seed=1)
+    state = load_checkpoint(folder, other, other_optimizer)
+    assert bits(other, other_optimizer) == expected
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert state["step"] == 3 and state["plan_hash"] == "p"
+    assert "router_bias" in load_file(folder / MODEL) and "scratch" not in load_file(folder / MODEL)
+
+
+def test_save_checkpoint_keeps_an_intact_one_and_replaces_a_damaged_one(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    before = (folder / MANIFEST).stat().st_ino
+    assert saved(tmp_path) == folder and (folder / MANIFEST).stat().st_ino == before
+    (folder / MODEL).write_bytes(b"")
+    saved(tmp_path)
+    checkpoint.verify(folder)
+
+
+def test_remove_old_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        saved(tmp_path, step)
+    remove_old(tmp_path, 2)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000010", "step-000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000010"]
+
+
+# ---------------------------------------------------------------- damage
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+def swap(folder: Path) -> None:
+    (folder / MODEL).rename(folder / "x")
+    (folder / OPTIMIZER).rename(folder / MODEL)
+    (folder / "x").rename(folder / OPTIMIZER)
+
+
+def link(folder: Path) -> None:
+    shutil.move(folder / MODEL, folder.parent / "outside")
+    (folder / MODEL).symlink_to(folder.parent / "outside")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "model empty": (lambda f: (f / MODEL).write_bytes(b""), "model.safetensors must have .* bytes, got 0"),
+    "optimizer missing": (lambda f: (f / OPTIMIZER).unlink(), "must hold .*got"),
+    "manifest missing": (
+        lambda f: (f / MANIFEST).unlink(),
+        "manifest.json must be a regular file, got no file",
+    ),
+    "manifest flipped": (lambda f: flip(f / MANIFEST, 0), "manifest.json must be valid JSON"),
+    "manifest a list": (lambda f: (f / MANIFEST).write_text("[]"), "must hold a JSON object, got list"),
+    "manifest deep": (lambda f: (f / MANIFEST).write_text("[" * 10**6), "must be valid JSON"),
+    "manifest outside": (
+        lambda f: (f / MANIFEST).write_text('{"files": {"../x": {}}}'),
+        "manifest.json must list .*got",
+    ),
+    "shards swapped": (swap, "model.safetensors must have"),
+    "extra pickle": (lambda f: (f / "extra.pkl").write_bytes(pickle.dumps(print)), "must hold .*extra.pkl"),
+    "state flipped": (lambda f: flip(f / STATE, 5), "state.json must have sha256"),
+    "model a link": (link, "model.safetensors must be a regular file, got a link"),
+    "model a folder": (lambda f: ((f / MODEL).unlink(), (f / MODEL).mkdir()), "got another kind of file"),
+    "model a fifo": (lambda f: ((f / MODEL).unlink(), os.mkfifo(f / MODEL)), "got another kind of file"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=list(DAMAGE))
+def test_load_checkpoint_refuses_damage_and_changes_nothing(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    folder = saved(tmp_path / "c")
+    damage(folder)
+    model, optimizer = trained(seed=1)
+    before = bits(model, optimizer)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(folder, model, optimizer)
+    assert bits(model, optimizer) == before
+
+
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE])
+def test_verify_catches_every_truncation_and_any_flipped_bit(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path)
+    path = folder / name
+    good = path.read_bytes()
+    header = 8 + int.from_bytes(good[:8], "little") if name != STATE else 200
+    lengths = [*range(header), *range(header, len(good), max(1, len(good) // 50))]
+    for length in lengths:
+        path.write_bytes(good[:length])
+        with pytest.raises(CheckpointError, match=f"must have {len(good)} bytes, got {length}"):
+            checkpoint.verify(folder)
+    for offset in range(0, len(good), max(1, len(good) // 100)):
+        path.write_bytes(good)
+        flip(path, offset)
+        with pytest.raises(CheckpointError, match="must have sha256"):
+            checkpoint.verify(folder)
+
+
+def reseal(folder: Path) -> None:
+    """Make the manifest agree with the files again: the damage then has to be caught by meaning."""
+    files = {name: checkpoint._entry(folder / name) for name in (MODEL, OPTIMIZER, STATE)}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}))
+
+
+def edit(folder: Path, name: str, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name)
+
+
+def header(folder: Path, length: int, text: bytes = b"{}") -> None:
+    (folder / MODEL).write_bytes(length.to_bytes(8, "little") + text)
+
+
+def state(folder: Path, **changes: object) -> None:
+    (folder / STATE).write_text(json.dumps(json.loads((folder / STATE).read_text()) | changes))
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing tensor": (lambda f: edit(f, MODEL, lambda t: t.pop("head.bias")), "missing head.bias"),
+    "extra tensor": (lambda f: edit(f, MODEL, lambda t: t.update(x=torch.ones(1))), "unexpected x"),
+    "hostile name": (
+        lambda f: edit(f, MODEL, lambda t: t.update({"../../x": torch.ones(1)})),
+        "unexpected ../../x",
+    ),
+    "long name": (
+        lambda f: edit(f, MODEL, lambda t: t.update({"x" * 10**6: torch.ones(1)})),
+        "unexpected xxx",
+    ),
+    "transposed": (
+        lambda f: edit(f, MODEL, lambda t: t.update({"embed.weight": torch.ones(4, 5)})),
+        r"embed.weight must be \(5, 4\) torch.float32, got \(4, 5\)",
+    ),
+    "other dtype": (
+        lambda f: edit(f, MODEL, lambda t: t.update({"router_bias": torch.ones(3, dtype=torch.int8)})),
+        r"router_bias must be .*got \(3,\) torch.int8",
+    ),
+    "nan weight": (lambda f: edit(f, MODEL, lambda t: t["router_bias"].fill_(torch.nan)), "must be finite"),
+    "inf moment": (
+        lambda f: edit(f, OPTIMIZER, lambda t: t["head.bias.exp_avg"].fill_(torch.inf)),
+        "head.bias.exp_avg must be finite",
+    ),
+    "no moments": (lambda f: edit(f, OPTIMIZER, dict.clear), "6 differences: missing embed.weight.exp_avg"),
+    "header 0": (lambda f: header(f, 0), "must be a safetensors file"),
+    "header 2^63": (lambda f: header(f, 2**63), "must be a safetensors file"),
+    "header 100 MB": (lambda f: header(f, 100 * 2**20 + 1), "must be a safetensors file"),
+    "pickle": (lambda f: (f / MODEL).write_bytes(pickle.dumps({"a": 1})), "must be a safetensors file"),
+    "step of another folder": (lambda f: state(f, step=4), "must state the step of its folder, got 4"),
+    "step a bool": (lambda f: state(f, step=True), "must state the step of its folder, got True"),
+    "other format": (lambda f: state(f, format=2), "must have format 1, got 2"),
+    "rng cut": (lambda f: state(f, rng="00"), "rng must be .* bytes in hex, got '00'"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), WRONG.values(), ids=list(WRONG))
+def test_load_checkpoint_refuses_a_sealed_but_wrong_checkpoint(
+    tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    folder = saved(tmp_path)
+    damage(folder)
+    reseal(folder)
+    model, optimizer = trained(seed=1)
+    before = bits(model, optimizer)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(folder, model, optimizer)
+    assert bits(model, optimizer) == before and time.monotonic() - started < 1
+
+
+def test_newest_valid_passes_over_damage_with_a_notice(tmp_path: Path) -> None:
+    old, new = saved(tmp_path, 3), saved(tmp_path, 4)
+    flip(new / MODEL, 100)
+    found, notices = newest_valid(tmp_path)
+    assert found == old and len(notices) == 1 and "skipped damaged step-000004" in notices[0]
+    flip(old / MODEL, 100)
+    with pytest.raises(CheckpointError, match="must hold an intact checkpoint"):
+        newest_valid(tmp_path)
+    assert newest_valid(tmp_path / "none") == (None, [])
+
+
+# ---------------------------------------------------------------- dying while saving
+
+CALLS = ("os.rename", "os.fsync", "os.open", "shutil.rmtree", "pathlib.Path.mkdir", "pathlib.Path.write_text")
+
+
+class Died(BaseException):
+    """Not an Exception: no handler in the code under test may see it, as none sees a kill."""
+
+
+def test_save_checkpoint_leaves_old_or_new_state_at_every_call_it_dies_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "template"
+    saved(template, 1)
+    deaths = 0
+    for point in range(100):
+        root = tmp_path / f"{point}"
+        shutil.copytree(template, root)
+        left = point
+
+        def dying(real: Callable[..., object]) -> Callable[..., object]:
+            def call(*args: object, **keywords: object) -> object:
+                nonlocal left
+                if left == 0:
+                    raise Died
+                left -= 1
+                return real(*args, **keywords)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save_file", dying(save_file))
+            for name in CALLS:
+                module, _, attribute = name.rpartition(".")
+                owner = Path if module == "pathlib.Path" else sys.modules[module]
+                patch.setattr(owner, attribute, dying(getattr(owner, attribute)))
+            try:
+                saved(root, 2)
+                remove_old(root, 1)
+            except Died:
+                deaths += 1
+            else:
+                break
+        found, notices = newest_valid(root)
+        assert found is not None and found.name in ("step-000001", "step-000002") and not notices
+        load_checkpoint(found, *trained(seed=1))
+        saved(root, 2)  # a leftover temporary folder must not stop the next save
+        assert newest_valid(root)[0] == root / "step-000002"
+    assert deaths > 12 and [path.name for path in root.iterdir()] == ["step-000002"]
+
+
+def test_save_checkpoint_keeps_the_old_one_when_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = saved(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            saved(tmp_path, 2)
+    assert newest_valid(tmp_path)[0] == old
+    assert saved(tmp_path, 2).name == "step-000002"
+
+
+def save_forever(root: Path, ready: Connection) -> None:
+    model, optimizer = trained()
+    found, _ = newest_valid(root)
+    step = load_checkpoint(found, model, optimizer)["step"] if found else 0
+    ready.send(step)
+    while True:
+        step += 1
+        save_checkpoint(root, step, model, optimizer, {})
+        remove_old(root, 2)
+
+
+def test_kill_during_a_save_loop_always_leaves_progress(tmp_path: Path) -> None:
+    # forkserver: torch is imported once and not forked from a process whose thread pool runs
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hebatron.checkpoint", "hebatron.optim", "torch._dynamo"])
+    last = 0
+    for kill in range(10):
+        ready, theirs = context.Pipe(duplex=False)
+        child = context.Process(target=save_forever, args=(tmp_path, theirs))
+        child.start()
+        assert ready.poll(60) and ready.recv() == last
+        first = tmp_path / f"step-{last + 1:06d}"
+        deadline = time.monotonic() + 60
+        while not first.exists() and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(0.003 * kill)  # a save takes a few ms; where inside one the kill lands moves
+        child.kill()
+        child.join()
+        found, notices = newest_valid(tmp_path)
+        assert found is not None and not notices
+        step = load_checkpoint(found, *trained(seed=1))["step"]
+        assert step > last, "a restart after a kill made no progress"
+        last = step
+
+
+# ---------------------------------------------------------------- lock
+
+
+def test_run_lock_refuses_a_second_holder_and_survives_release(tmp_path: Path) -> None:
+    with run_lock(tmp_path), pytest.raises(ValueError, match=f"got .* held by process {os.getpid()}"):
+        with run_lock(tmp_path):
+            pass
+    with run_lock(tmp_path):
+        pass

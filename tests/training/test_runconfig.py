@@ -1,0 +1,140 @@
+"""Run files: strict reading, errors that name the place, overrides, hash."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hebatron.runconfig import (
+    RunConfig,
+    check_run_config,
+    config_hash,
+    differences,
+    from_table,
+    load_run_config,
+    to_table,
+)
+
+GOOD = """
+run_dir = "runs/x"
+order = "easy_to_hard"
+[model]
+preset = "tiny"
+[model.fields]
+chunk_size = 8
+[data]
+tokenizer = "tok"
+sources = [{ name = "he", path = "a" }, { name = "en", path = "b" }]
+[anchor]
+en = 1
+[[phases]]
+name = "base"
+tokens = 1000
+sources = { en = 1.0 }
+[[phases]]
+name = "formal"
+tokens = 2000
+seq_len = 128
+anchor_share = 0.2
+sources = { he = 3.0, en = 1.0 }
+[optimizer]
+learning_rate = 1
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_load_run_config_reads_every_section(tmp_path: Path) -> None:
+    config = load_run_config(write(tmp_path, GOOD))
+    assert config.run_dir == Path("runs/x") and config.model.fields == {"chunk_size": 8}
+    assert config.data.sources[1].path == Path("b")
+    assert config.phases[1].sources == {"he": 3.0, "en": 1.0} and config.phases[0].seq_len == 256
+    assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
+
+
+BAD = [
+    ("order =", "ordr =", r"run.toml: ordr must be one of .*; did you mean 'order'\?"),
+    ("learning_rate = 1", "learning_rat = 1", r"optimizer.learning_rat must be .*mean 'learning_rate'\?"),
+    ("learning_rate = 1", "learning_rate = true", "optimizer.learning_rate must be a number, got True"),
+    ("learning_rate = 1", "learning_rate = nan", "optimizer.learning_rate must be finite, got nan"),
+    ("learning_rate = 1", "learning_rate = -1", "optimizer.learning_rate must be > 0, got -1.0"),
+    ("seq_len = 128", "seq_len = 1.5", r"phases\[1\].seq_len must be an integer, got 1.5"),
+    ("tokens = 1000", "", r"phases\[0\].tokens must be given, got nothing"),
+    ("tokens = 1000", "tokens = 0", r"phases\[0\].tokens must be > 0, got 0"),
+    ("anchor_share = 0.2", "anchor_share = 2", r"phases\[1\].anchor_share must be in \[0, 1\), got 2.0"),
+    ("seq_len = 128", "seq_len = 8192", r"phases\[1\].seq_len must be at most .*4096, got 8192"),
+    ("he = 3.0", "heb = 3.0", r"phases\[1\].sources.heb must be one of .*he, en; did you mean 'he'\?"),
+    ("he = 3.0", "he = -3.0", r"phases\[1\].sources.he must be > 0, got -3.0"),
+    ("sources = { en = 1.0 }", "sources = {}", r"phases\[0\].sources must be not empty"),
+    ("[anchor]\nen = 1", "", r"phases\[1\].anchor_share must be 0 without \[anchor\], got 0.2"),
+    ('name = "formal"', 'name = "base"', r"phases\[1\].name must be unique, got 'base' again"),
+    ('name = "en"', 'name = "he"', r"data.sources\[1\].name must be unique, got 'he' again"),
+    ('preset = "tiny"', 'preset = "tiny"\npath = "x"', r"exactly one of preset, path, pattern, got"),
+    ('preset = "tiny"', 'path = "x"', r"model.fields must be empty with model.path, got \['chunk_size'\]"),
+    ('preset = "tiny"', "preset = 3", "model.preset must be a string, got 3"),
+    ('preset = "tiny"', 'preset = "tiny"\ncompute_dtype = "bf16"', "must be one of float32, bfloat16"),
+    ("[model.fields]\nchunk_size = 8", "fields = 3", "model.fields must be a table, got 3"),
+    ("[model]", "[model", "must be valid TOML"),
+    ("[optimizer]", "[training]\ntokens_per_batch = 4097\n[optimizer]", "must be a multiple of .*got 4097"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), BAD, ids=[new or f"no {old}" for old, new, _ in BAD])
+def test_load_run_config_refuses_bad_input_naming_the_place(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in GOOD
+    text = GOOD.replace(old, new)
+    with pytest.raises(ValueError, match=message):
+        load_run_config(write(tmp_path, text))
+
+
+def test_load_run_config_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"path must be a TOML file, got .*none\.toml"):
+        load_run_config(tmp_path / "none.toml")
+
+
+def test_overrides_reach_nested_fields_and_are_checked(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    config = load_run_config(
+        path, ["--training.seed", "7", "--phases.1.tokens", "5", "--phases.1.sources.he", "2"]
+    )
+    assert (
+        config.training.seed == 7 and config.phases[1].tokens == 5 and config.phases[1].sources["he"] == 2.0
+    )
+    assert config.phases[0] == load_run_config(path).phases[0]
+    with pytest.raises(ValueError, match=r"phases\[1\].tokens must be > 0, got -5"):
+        load_run_config(path, ["--phases.1.tokens", "-5"])
+
+
+def test_overrides_refuse_an_unknown_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_run_config(write(tmp_path, GOOD), ["--training.sed", "7"])
+    assert "--training.seed" in capsys.readouterr().err
+
+
+def test_config_table_round_trips(tmp_path: Path) -> None:
+    config = load_run_config(write(tmp_path, GOOD))
+    table = to_table(config)
+    table["model"] = {key: value for key, value in table["model"].items() if value is not None}
+    assert from_table(RunConfig, table) == config
+
+
+def test_config_hash_ignores_what_cannot_change_the_weights(tmp_path: Path) -> None:
+    config = load_run_config(write(tmp_path, GOOD))
+    cadence = replace(config.training, checkpoint_every=7, eval_every=3, sample_prompts=("a",))
+    assert config_hash(replace(config, run_dir=Path("y"), training=cadence)) == config_hash(config)
+    assert config_hash(replace(config, training=replace(config.training, seed=1))) != config_hash(config)
+    assert config_hash(replace(config, phases=config.phases[::-1])) != config_hash(config)
+
+
+def test_differences_name_the_place_and_both_values(tmp_path: Path) -> None:
+    config = load_run_config(write(tmp_path, GOOD))
+    other = replace(config, training=replace(config.training, seed=1), phases=config.phases[:1])
+    lines = differences(to_table(config), to_table(other))
+    assert "training.seed: 0 -> 1" in lines and any(line.startswith("phases: ") for line in lines)
+    check_run_config(config)
