@@ -18,9 +18,10 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 SPECIAL_TOKENS = (PAD, BOS, EOS, *CHAT_TOKENS)  # ids 0, 1, 2, 3, 4
 
-# A word keeps its combining marks (niqqud, cantillation) and, between Hebrew letters, its geresh or gershayim, so
-# that an acronym like tsahal (tsadi, he, ", lamed) is one word. Every digit stands alone: BPE would otherwise learn
-# numbers by frequency. English clitics come off as in "do|n't"; line breaks are not merged with what follows them.
+# A word keeps its combining marks (niqqud, cantillation) and, between Hebrew letters, its geresh or
+# gershayim, so that an acronym like tsahal (tsadi, he, ", lamed) is one word. Every digit stands alone: BPE
+# would otherwise learn numbers by frequency. English clitics come off (don|'t); line breaks never join the
+# text after them.
 _WORD_PATTERN = "|".join(
     [
         r"'(?:[sdmt]|ll|ve|re)(?![\p{L}\p{M}])",
@@ -40,7 +41,7 @@ class Tokenizer:
     def __init__(
         self, backend: tokenizers.Tokenizer, config: dict[str, Any], chat_template: str | None = None
     ) -> None:
-        """backend: the trained tokenizer. config: contents of tokenizer_config.json. chat_template: Jinja text."""
+        """config: contents of tokenizer_config.json, kept on saving. chat_template: Jinja text."""
         self._backend = backend
         self._config = config
         self.chat_template = chat_template
@@ -104,8 +105,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Args:
         texts: any iterable, streamed once.
-        vocab_size: entries including the 256 bytes and the 5 control tokens. A corpus too small to fill it gives
-            a smaller vocabulary: read the result's `vocab_size`.
+        vocab_size: entries including the 256 bytes and the 5 control tokens. A corpus too small to fill it
+            gives a smaller vocabulary: read the result's `vocab_size`.
     Raises: ValueError for a vocabulary under 261 entries, or texts without one non-empty string.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
@@ -176,7 +177,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         raise ValueError(
             f"load_tokenizer: tokenizer_config.json must be an object, got {type(config).__name__}"
         )
-    backend.no_truncation()  # a folder saved mid-training may carry a length limit; documents are never cut here
+    backend.no_truncation()  # a saved folder may carry a length limit; documents are never cut here
     backend.no_padding()
     template = folder / "chat_template.jinja"
     return Tokenizer(backend, config, _read_utf8(template) if template.is_file() else None)

@@ -1,0 +1,216 @@
+"""Reading a corpus folder: documents over memory-mapped tokens, checked against the index's sha256.
+
+The folder holds
+    index.json          tokenizer, counts by source and language, the ledger, sha256 of the files below
+    documents.npy       one DOCUMENT record each: where its tokens are, bytes, source, language, hash
+    tokens-00000.bin    little-endian uint16 (vocabulary up to 65,536) or uint32; no document crosses a shard
+"""
+
+from __future__ import annotations
+
+import builtins
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .tokenizer import Tokenizer
+
+FORMAT, VERSION = "hebatron-corpus", 1
+DOCUMENT = np.dtype(
+    [
+        ("offset", "<i8"),  # first token, counted over all shards
+        ("length", "<i8"),  # tokens, the end-of-text token included
+        ("bytes", "<i8"),  # UTF-8 bytes of the text
+        ("source", "<u4"),  # index into `sources`
+        ("lang", "<u4"),  # index into `langs`
+        ("hash", "u1", (16,)),  # first 16 bytes of the text's sha256
+    ]
+)
+
+
+class Corpus:
+    """Read-only documents over memory-mapped tokens; `select` and `split` give views of the same files."""
+
+    def __init__(
+        self,
+        index: dict[str, Any],
+        documents: npt.NDArray[Any],
+        shards: list[npt.NDArray[Any]],
+        fingerprint: str,
+    ) -> None:
+        self.index = index
+        self.fingerprint = fingerprint
+        self.sources: list[str] = index["sources"]
+        self.langs: list[str] = index["langs"]
+        self.vocab_size: int = index["tokenizer"]["vocab_size"]
+        self.eos_id: int = index["tokenizer"]["eos_id"]
+        self.tokenizer_fingerprint: str = index["tokenizer"]["fingerprint"]
+        self._documents = documents
+        self._shards = shards
+        self._starts = np.cumsum([0] + [len(shard) for shard in shards])
+
+    @classmethod
+    def open(cls, folder: Path | str, tokenizer: Tokenizer | None = None, *, verify: bool = True) -> Corpus:
+        """Open a folder that `prepare` wrote.
+
+        Args:
+            tokenizer: if given, must be the one the corpus was made with.
+            verify: read every byte and compare with the sha256 of the index; False looks at sizes only.
+        Raises: ValueError naming the file, what was expected and what is there.
+        """
+        folder = Path(folder)
+        index = read_index(folder)
+        made_with = index["tokenizer"]["fingerprint"]
+        if tokenizer is not None and tokenizer.fingerprint != made_with:
+            raise ValueError(
+                f"Corpus.open: tokenizer must be the one {folder} was made with ({made_with[:12]}, "
+                f"{index['tokenizer']['vocab_size']} entries), got {tokenizer.fingerprint[:12]} "
+                f"({tokenizer.vocab_size} entries)"
+            )
+        dtype = np.dtype(index["dtype"])
+        table_path = folder / "documents.npy"
+        expected = [(table_path, None, index["documents"]["sha256"])]
+        for number, shard in enumerate(index["shards"]):
+            path = folder / f"tokens-{number:05d}.bin"  # never a name out of the index
+            expected.append((path, shard["tokens"] * dtype.itemsize, shard["sha256"]))
+        for path, size, digest in expected:
+            _check_file(path, size, digest if verify else None)
+        documents = np.load(table_path, mmap_mode="r", allow_pickle=False)
+        shards = [np.memmap(path, dtype, "r") for path, _, _ in expected[1:]]
+        corpus = cls(index, documents, list(shards), index["fingerprint"])
+        corpus._check(folder, verify)
+        return corpus
+
+    def _check(self, folder: Path, verify: bool) -> None:
+        table, tokens = self._documents, int(self._starts[-1])
+        if table.dtype != DOCUMENT or table.shape != (self.index["documents"]["count"],) or not len(table):
+            raise ValueError(
+                f"Corpus.open: documents.npy must hold {self.index['documents']['count']} document records, "
+                f"got shape {table.shape}, dtype {table.dtype} in {folder}"
+            )
+        ends = np.cumsum(table["length"])
+        if (
+            table["length"].min() < 1
+            or ends[-1] != tokens
+            or (ends - table["length"] != table["offset"]).any()
+        ):
+            raise ValueError(
+                f"Corpus.open: documents must follow each other over {tokens} tokens, got a gap or overlap "
+                f"in {folder}"
+            )
+        for name, bound in (("source", len(self.sources)), ("lang", len(self.langs))):
+            if table[name].max() >= bound:
+                raise ValueError(
+                    f"Corpus.open: {name} must be under {bound}, got {table[name].max()} in {folder}"
+                )
+        if verify:
+            largest = max(int(shard.max()) for shard in self._shards)
+            if largest >= self.vocab_size:
+                raise ValueError(
+                    f"Corpus.open: token ids must be under {self.vocab_size}, got {largest} in {folder}"
+                )
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._documents["length"].sum())
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self._documents["bytes"].sum())
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of every document, the end-of-text token included."""
+        return np.ascontiguousarray(self._documents["length"], np.int64)
+
+    @property
+    def source_ids(self) -> npt.NDArray[np.int64]:
+        """Every document's index into `sources`."""
+        return np.ascontiguousarray(self._documents["source"], np.int64)
+
+    def tokens(self, i: int) -> npt.NDArray[Any]:
+        """Tokens of document i, the end-of-text token last: a read-only view, uint16 or uint32."""
+        offset, length = int(self._documents["offset"][i]), int(self._documents["length"][i])
+        shard = int(np.searchsorted(self._starts, offset, side="right")) - 1
+        start = offset - int(self._starts[shard])
+        return self._shards[shard][start : start + length]
+
+    def bytes(self, i: int) -> int:
+        """UTF-8 bytes of document i's text."""
+        return int(self._documents["bytes"][i])
+
+    def hash(self, i: int) -> builtins.bytes:
+        """First 16 bytes of the sha256 of document i's text."""
+        return self._documents["hash"][i].tobytes()
+
+    def source(self, i: int) -> str:
+        return self.sources[self._documents["source"][i]]
+
+    def lang(self, i: int) -> str:
+        return self.langs[self._documents["lang"][i]]
+
+    def select(self, documents: npt.ArrayLike) -> Corpus:
+        """A view of the documents with these indices (or True in this mask), in this order."""
+        rows = np.arange(len(self))[np.asarray(documents)]
+        if not len(rows):
+            raise ValueError("Corpus.select: documents must name at least one document, got none")
+        digest = hashlib.sha256(self.fingerprint.encode() + rows.astype("<i8").tobytes()).hexdigest()
+        return Corpus(self.index, self._documents[rows], self._shards, digest)
+
+    def split(self, heldout_permille: int) -> tuple[Corpus, Corpus]:
+        """(training view, held-out view): a document's side depends on its own text alone."""
+        if not 0 < heldout_permille < 1000:
+            raise ValueError(
+                f"Corpus.split: heldout_permille must be between 1 and 999, got {heldout_permille}"
+            )
+        leading = np.ascontiguousarray(self._documents["hash"][:, :8]).view("<u8")[:, 0]
+        heldout = leading % np.uint64(1000) < np.uint64(heldout_permille)
+        if heldout.all() or not heldout.any():
+            raise ValueError(
+                f"Corpus.split: heldout_permille must leave documents on both sides, got {heldout_permille} "
+                f"with {int(heldout.sum())} of {len(self)} held out"
+            )
+        return self.select(~heldout), self.select(heldout)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    path = folder / "index.json"
+    if not path.is_file():
+        raise ValueError(f"Corpus.open: folder must contain index.json, got {folder}")
+    try:
+        index = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"Corpus.open: {path} must be JSON, got {error}") from error
+    kind = (index.get("format"), index.get("version")) if isinstance(index, dict) else None
+    if kind != (FORMAT, VERSION):
+        raise ValueError(f"Corpus.open: {path} must be {FORMAT} version {VERSION}, got {kind}")
+    if index_fingerprint(index) != index.get("fingerprint"):
+        raise ValueError(f"Corpus.open: {path} must match its fingerprint, got an edited or damaged index")
+    return index
+
+
+def _check_file(path: Path, size: int | None, digest: str | None) -> None:
+    if not path.is_file():
+        raise ValueError(f"Corpus.open: {path} must exist, got nothing")
+    if size is not None and path.stat().st_size != size:
+        raise ValueError(f"Corpus.open: {path} must have {size} bytes, got {path.stat().st_size}")
+    if digest is not None and (actual := file_sha256(path)) != digest:
+        raise ValueError(f"Corpus.open: {path} must have sha256 {digest[:12]}..., got {actual[:12]}...")
+
+
+def index_fingerprint(index: dict[str, Any]) -> str:
+    """sha256 of what a corpus is; how it was asked for is left out."""
+    content = {key: value for key, value in index.items() if key not in ("fingerprint", "request")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
