@@ -33,10 +33,7 @@ class CMakeBuild(build_ext):
             sys.exit("hebatron: no C++ compiler found; install g++ or clang++ (C++17), or set CXX")
         cuda = cuda_wanted()
         tag = f"{sys.implementation.cache_tag}-{'cuda' if cuda else 'cpu'}"
-        build, out = (
-            ROOT / "build" / tag,
-            Path(self.get_ext_fullpath("hebatron_kernels._cpu")).resolve().parent,
-        )
+        build = ROOT / "build" / tag
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DHEBATRON_CUDA={'ON' if cuda else 'OFF'}",
@@ -51,12 +48,13 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", ninja, *options], check=True)
         stamp.write_text("\n".join(options))
         subprocess.run(["cmake", "--build", build], check=True)
-        out.mkdir(parents=True, exist_ok=True)
-        for module in build.glob("_*.so"):
-            shutil.copy2(module, out / module.name)
+        cpu = Path(self.get_ext_fullpath("hebatron_kernels._cpu")).resolve()
+        cpu.parent.mkdir(parents=True, exist_ok=True)
+        for name in ("_cpu", "_cuda"):  # a module of an earlier build must not outlive it
+            module = cpu.name.replace("_cpu", name, 1)
+            cpu.with_name(module).unlink(missing_ok=True)
+            if (build / module).exists():
+                shutil.copy2(build / module, cpu.with_name(module))
 
 
-modules = ["_cpu"]
-setup(
-    ext_modules=[Extension(f"hebatron_kernels.{m}", []) for m in modules], cmdclass={"build_ext": CMakeBuild}
-)
+setup(ext_modules=[Extension("hebatron_kernels._cpu", [])], cmdclass={"build_ext": CMakeBuild})

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _native
 from ._check import BackendError
 
 BACKENDS = ("native", "triton", "torch", "reference", "emulator")
@@ -127,6 +128,12 @@ class Operator:
         supports = getattr(self.modules[backend], f"supports_{self.name}", None)
         return None if supports is None else supports(*args)
 
+    def passed_over(self, backend: str, args: Sequence[Any]) -> str | None:
+        """Why the automatic choice does not take this backend, or None."""
+        if backend not in AUTOMATIC:
+            return self.refusal(backend, args) or "supported, only by name"
+        return self.refusal(backend, args) or (_native.unproven(args) if backend == "native" else None)
+
     def choose(self, args: Sequence[Any], backend: str | None) -> str:
         """The backend of this call: the argument, use_backend, HEBATRON_BACKEND, then the first that supports it."""
         named = backend or _forced or _environment
@@ -136,7 +143,7 @@ class Operator:
                 raise BackendError(f"{self.name}[{named}]: {reason}")
             return named
         for candidate in AUTOMATIC:
-            if candidate in self.modules and self.refusal(candidate, args) is None:
+            if candidate in self.modules and self.passed_over(candidate, args) is None:
                 return candidate
         raise BackendError(f"{self.name}: no automatic backend serves these arguments; see explain()")
 
@@ -236,7 +243,6 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> str:
         choice = None
     lines = [f"{name}: {choice or 'no backend'}"]
     for backend in BACKENDS:
-        reason = operator.refusal(backend, values)
-        note = reason or ("supported" if backend in AUTOMATIC else "supported, only by name")
+        note = operator.passed_over(backend, values) or "supported"
         lines.append(f"  {'->' if backend == choice else '  '} {backend:<9} {note}")
     return "\n".join(lines)

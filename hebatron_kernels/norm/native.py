@@ -1,4 +1,4 @@
-"""rms_norm in C++ (csrc/cpu/norm.cpp): forward and backward, fp32 and bf16."""
+"""rms_norm in C++ (csrc/cpu/norm.cpp) and CUDA (csrc/cuda/norm.cu): forward and backward, fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def supports_rms_norm(
     gate_TD: Tensor | None,
     group_size: int | None,
 ) -> str | None:
-    return _native.refusal(x_TD, weight_D, residual_TD, gate_TD)
+    return _native.refusal(x_TD, weight_D, residual_TD, gate_TD, cuda=True)
 
 
 def _inputs(
@@ -31,6 +31,7 @@ def _inputs(
 ) -> dict[str, Any]:
     rows, width = x_TD.shape
     return {
+        "device": x_TD.device,
         "rows": rows,
         "width": width,
         "group": width if group_size is None else group_size,

@@ -1,0 +1,35 @@
+# The _cuda module. Every .cu names its own architectures: an sm_90a kernel built for sm_80 would be an empty stub.
+if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(HEBATRON_NVCC nvcc PATHS /usr/local/cuda/bin REQUIRED)
+  set(CMAKE_CUDA_COMPILER ${HEBATRON_NVCC})
+endif()
+set(CMAKE_CUDA_ARCHITECTURES OFF)
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.4)
+  message(FATAL_ERROR "hebatron: nvcc must be >= 12.4, got ${CMAKE_CUDA_COMPILER_VERSION}")
+endif()
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+
+set(portable_archs ${HEBATRON_CUDA_ARCHS})
+if(NOT portable_archs)
+  set(portable_archs 80-real 90a-real 80-virtual)
+endif()
+
+# hebatron_cuda_kernels(target archs files...): one object library per list of architectures.
+function(hebatron_cuda_kernels target archs)
+  add_library(${target} OBJECT ${ARGN})
+  set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${archs}")
+  target_include_directories(${target} PRIVATE csrc)
+  # NDEBUG: without it device asserts serialise wgmma (C7510). -v, -warn-spills: the CI reads the log.
+  target_compile_options(${target} PRIVATE -O3 -DNDEBUG -lineinfo -Xptxas=-v,-warn-spills)
+  string(REPLACE ";" "," shown "${archs}")
+  target_compile_definitions(${target} PRIVATE HEBATRON_CUDA_ARCHS="${shown}")
+  target_sources(_cuda PRIVATE $<TARGET_OBJECTS:${target}>)
+endfunction()
+
+Python_add_library(_cuda MODULE WITH_SOABI csrc/bindings.cpp)
+target_include_directories(_cuda PRIVATE csrc ${CMAKE_BINARY_DIR}/include)
+target_compile_definitions(_cuda PRIVATE HEBATRON_MODULE=_cuda)
+set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUAGE CUDA)
+hebatron_cuda_kernels(cuda_portable "${portable_archs}" csrc/cuda/device.cu csrc/cuda/norm.cu)
