@@ -28,7 +28,7 @@ function(hebatron_cuda_kernels target archs)
   target_sources(_cuda PRIVATE $<TARGET_OBJECTS:${target}>)
 endfunction()
 
-Python_add_library(_cuda MODULE WITH_SOABI csrc/bindings.cpp)
+Python_add_library(_cuda MODULE WITH_SOABI csrc/bindings.cpp csrc/hebatron/check.cpp)
 target_include_directories(_cuda PRIVATE csrc ${CMAKE_BINARY_DIR}/include)
 target_compile_definitions(_cuda PRIVATE HEBATRON_MODULE=_cuda)
 set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUAGE CUDA)

@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <stdexcept>
+
 #include "hebatron/types.h"
 
 namespace hebatron::cuda {

@@ -2,7 +2,6 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
 namespace hebatron {
@@ -18,10 +17,9 @@ struct Exec {
   int threads = 1;  // CPU threads
 };
 
-[[noreturn]] inline void fail(const std::string& message) { throw std::invalid_argument(message); }
-
-inline void check(bool ok, const char* op, const char* what, int64_t got) {
-  if (!ok) fail(std::string(op) + ": " + what + ", got " + std::to_string(got));
-}
+// Throws std::invalid_argument, a ValueError in Python. Defined once, outside the ISA objects: inline it would be a weak
+// symbol, and the linker may keep the copy that a CPU cannot run.
+[[noreturn]] void fail(const std::string& message);
+void check(bool ok, const char* op, const char* what, int64_t got);
 
 }  // namespace hebatron
