@@ -1,0 +1,190 @@
+"""The selective state-space scan of Mamba-2: whole sequences, and one token at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _check as check
+from .._dispatch import Operator
+from . import reference, torch_ops
+
+__all__ = ["ssd_scan", "ssd_update"]
+
+_SHARED = "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, float[] dt_limit"
+_MODULES = {"torch": torch_ops, "reference": reference}
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _fake_scan(
+    x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGS: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    cu_seqlens = others[4]
+    shape = (check.sequences(cu_seqlens), *x_THP.shape[1:], B_TGS.shape[2])
+    return x_THP.new_empty(x_THP.shape), x_THP.new_empty(shape, dtype=_state_dtype(x_THP))
+
+
+_scan = Operator(
+    "ssd_scan",
+    f"Tensor x, Tensor dt, {_SHARED}, Tensor? cu_seqlens, Tensor? initial_state, int chunk_size",
+    "(Tensor, Tensor)",
+    _MODULES,
+    _fake_scan,
+)
+_update = Operator(
+    "ssd_update",
+    f"Tensor(a!) state, Tensor x, Tensor dt, {_SHARED}",
+    "Tensor",
+    _MODULES,
+    lambda state, x, *others: x.new_empty(x.shape),
+    differentiable=False,
+)
+
+
+def ssd_scan(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TGS: Tensor,
+    C_TGS: Tensor,
+    D_H: Tensor | None,
+    dt_bias_H: Tensor | None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 128,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_t-1 + dt_t x_t B_t^T and y_t = h_t C_t + D x_t, per head, dt_t = softplus(dt + dt_bias).
+
+    Args:
+        x_THP: (T tokens, H heads, P head dim), any floating dtype; may be strided (a slice of a projection).
+        dt_TH: (T, H), raw step sizes, any floating dtype. dt_bias is added, softplus applied, then dt_limit.
+        A_H: (H,), the decay rates -exp(A_log), negative, any floating dtype.
+        B_TGS, C_TGS: (T, G groups, S state) in the dtype of x; head h reads group h // (H / G).
+        D_H: (H,), the weight of the direct path, or None for none.
+        dt_bias_H: (H,), or None for none.
+        dt_limit: the smallest and the largest step after softplus, 0 <= smallest <= largest.
+        cu_seqlens: (Q + 1,) int32, where each packed sequence starts and ends; None is one sequence. Sequences
+            do not see one another, whatever they hold, and may be empty.
+        initial_state: (Q, H, P, S), any floating dtype, the state each sequence starts from; None is zeros.
+        chunk_size: the longest chunk a chunked implementation may use; changes the rounding, not the result.
+        backend: "torch" or "reference"; None chooses.
+
+    Returns:
+        y_THP in the dtype of x, and the state after each sequence (Q, H, P, S), fp32 (fp64 for fp64 x).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value.
+        BackendError: the named backend cannot serve these arguments.
+
+    Gradients:
+        To every floating tensor, through both results. None to second order in the chunked form.
+
+    Backends:
+        torch: chunked matrix products, every dtype and device, summed in fp32 (fp64 for fp64 x). native: not yet.
+
+    Source:
+        Dao and Gu 2024, Mamba-2, arXiv 2405.21060, section 6; the layout and dt_limit of Nemotron-H's config.
+    """
+    op = "ssd_scan"
+    check.tensor(op, "x_THP", x_THP, None, None, None)
+    _check_inputs(op, "T", x_THP, dt_TH, A_H, B_TGS, C_TGS, D_H, dt_bias_H, dt_limit)
+    check.cu_seqlens(op, cu_seqlens, x_THP.shape[0])
+    if initial_state is not None:
+        shape = (check.sequences(cu_seqlens), *x_THP.shape[1:], B_TGS.shape[2])
+        check.tensor(op, "initial_state", initial_state, *shape)
+    check.same_device(op, x_THP, cu_seqlens=cu_seqlens, initial_state=initial_state)
+    check.positive(op, chunk_size=chunk_size)
+    return _scan(
+        x_THP, dt_TH, A_H, B_TGS, C_TGS, D_H, dt_bias_H, dt_limit, cu_seqlens, initial_state, chunk_size,
+        backend=backend,
+    )  # fmt: skip
+
+
+def ssd_update(
+    state_QHPS: Tensor,
+    x_QHP: Tensor,
+    dt_QH: Tensor,
+    A_H: Tensor,
+    B_QGS: Tensor,
+    C_QGS: Tensor,
+    D_H: Tensor | None,
+    dt_bias_H: Tensor | None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """One token of ssd_scan for every sequence: state = exp(dt A) state + dt x B^T in place, y = state C + D x.
+
+    Args:
+        state_QHPS: (Q sequences, H heads, P head dim, S state), contiguous, fp32 (fp64 for fp64 x). Overwritten.
+        x_QHP, dt_QH, A_H, B_QGS, C_QGS, D_H, dt_bias_H, dt_limit: as in ssd_scan, one token per sequence.
+        backend: "native", "torch" or "reference"; None chooses.
+
+    Returns:
+        y_QHP in the dtype of x.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device, layout or value, or requires a gradient.
+        BackendError: the named backend cannot serve these arguments.
+
+    Gradients:
+        None; ssd_scan with an initial_state has them.
+
+    Backends:
+        native: C++, fp32 and bf16 on the CPU. torch: every dtype and device.
+
+    Source:
+        Dao and Gu 2024, Mamba-2, arXiv 2405.21060, section 6.
+    """
+    op = "ssd_update"
+    check.tensor(op, "x_QHP", x_QHP, None, None, None)
+    _check_inputs(op, "Q", x_QHP, dt_QH, A_H, B_QGS, C_QGS, D_H, dt_bias_H, dt_limit)
+    check.tensor(op, "state_QHPS", state_QHPS, *x_QHP.shape, B_QGS.shape[2], dtypes=(_state_dtype(x_QHP),))
+    check.same_device(op, x_QHP, state_QHPS=state_QHPS)
+    if not state_QHPS.is_contiguous():
+        check.refuse(op, "state_QHPS", "be contiguous", f"strides {state_QHPS.stride()}")
+    return _update(state_QHPS, x_QHP, dt_QH, A_H, B_QGS, C_QGS, D_H, dt_bias_H, dt_limit, backend=backend)
+
+
+def _check_inputs(
+    op: str,
+    rows: str,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
+) -> None:
+    count, heads = x.shape[:2]
+    check.tensor(op, f"dt_{rows}H", dt, count, heads)
+    check.tensor(op, "A_H", A, heads)
+    check.tensor(op, f"B_{rows}GS", B, count, None, None, dtypes=(x.dtype,))
+    check.tensor(op, f"C_{rows}GS", C, *B.shape, dtypes=(x.dtype,))
+    for name, value in (("D_H", D), ("dt_bias_H", dt_bias)):
+        if value is not None:
+            check.tensor(op, name, value, heads)
+    check.same_device(op, x, **{f"dt_{rows}H": dt, "A_H": A, f"B_{rows}GS": B, f"C_{rows}GS": C})
+    check.same_device(op, x, D_H=D, dt_bias_H=dt_bias)
+    if 0 in (*x.shape[1:], *B.shape[1:]):
+        check.refuse(
+            op,
+            f"x_{rows}HP",
+            "have heads, head dim, groups and state > 0",
+            f"{tuple(x.shape)}, {tuple(B.shape)}",
+        )
+    if heads % B.shape[1]:
+        check.refuse(op, f"B_{rows}GS", f"have a number of groups that divides the {heads} heads", B.shape[1])
+    if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
+        check.refuse(op, "dt_limit", "be (smallest, largest) with 0 <= smallest <= largest", dt_limit)
