@@ -158,9 +158,14 @@ class Corpus:
 
     def select(self, documents: npt.ArrayLike) -> Corpus:
         """A view of the documents with these indices (or True in this mask), in this order."""
-        rows = np.arange(len(self))[np.asarray(documents)]
-        if not len(rows):
-            raise ValueError("Corpus.select: documents must name at least one document, got none")
+        picked = np.asarray(documents)
+        if picked.shape != (len(self),) and picked.dtype == bool:
+            raise ValueError(f"Corpus.select: a mask must have shape ({len(self)},), got {picked.shape}")
+        rows = np.flatnonzero(picked) if picked.dtype == bool else picked.astype(np.int64)
+        if not len(rows) or rows.min() < 0 or rows.max() >= len(self):
+            raise ValueError(
+                f"Corpus.select: documents must be one or more of 0..{len(self) - 1}, got {rows.tolist()[:8]}"
+            )
         digest = hashlib.sha256(self.fingerprint.encode() + rows.astype("<i8").tobytes()).hexdigest()
         return Corpus(self.index, self._documents[rows], self._shards, digest)
 

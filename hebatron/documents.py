@@ -143,6 +143,8 @@ def _raw_documents(path: Path) -> Iterator[tuple[str, bytes]]:
         while line := lines.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
             yield f"{path}:{number}", line
+            while line and not line.endswith(b"\n"):  # what is left of a line that is too large
+                line = lines.readline(MAX_DOCUMENT_BYTES)
         if number == 0:
             yield str(path), b""
 
