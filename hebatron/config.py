@@ -127,7 +127,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers_block_type", tuple(self.layers_block_type))
-        object.__setattr__(self, "time_step_limit", tuple(float(x) for x in self.time_step_limit))
+        object.__setattr__(self, "time_step_limit", tuple(self.time_step_limit))
         if isinstance(self.eos_token_id, list):
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         object.__setattr__(self, "extra", dict(self.extra))
@@ -177,7 +177,7 @@ class ModelConfig:
     @staticmethod
     def from_hub(hub: Mapping[str, Any]) -> ModelConfig:
         """Read the dictionary of a hub config.json. Unknown keys, and keys that contradict each other, are refused."""
-        values = {name: _untag(value) for name, value in hub.items()}
+        values = dict(hub)
         model_type = values.pop("model_type", "nemotron_h")
         if model_type != "nemotron_h":
             raise ValueError(f"config: model_type must be 'nemotron_h', got {model_type!r}")
@@ -191,10 +191,11 @@ class ModelConfig:
                 value = values.pop(alias)
                 if values.setdefault(name, value) != value:
                     raise ValueError(f"config: {alias} must equal {name} ({values[name]!r}), got {value!r}")
+        if "time_step_limit" in values:
+            values["time_step_limit"] = _read_limit(values["time_step_limit"])
         own = {f.name for f in fields(ModelConfig)} - {"extra"}
-        missing = [name for name in ("vocab_size", "hidden_size") if name not in values]
-        if missing:
-            raise ValueError(f"config: {missing[0]} must be given, got no such key")
+        for name in ("vocab_size", "hidden_size"):
+            _must(name in values, name, "be given", None)
         extra = {name: value for name, value in values.items() if name not in own}
         return ModelConfig(**{name: values[name] for name in values if name in own}, extra=extra)
 
@@ -205,7 +206,7 @@ class ModelConfig:
         hub |= {"num_hidden_layers": self.num_hidden_layers, "hybrid_override_pattern": self.pattern}
         for f in fields(self):
             value = getattr(self, f.name)
-            unused = value == 0 and f.default == 0 and not isinstance(value, bool)
+            unused = f.type == "int" and value == f.default == 0  # a size of a mixer this model has not
             if f.name != "extra" and not unused:
                 hub[f.name] = list(value) if isinstance(value, tuple) else value
         hub["norm_eps"] = self.layer_norm_epsilon  # published configs carry both names
@@ -292,11 +293,13 @@ def _tag(value: float) -> Any:
     return {"__float__": "Infinity"} if value == math.inf else value
 
 
-def _untag(value: Any) -> Any:
-    """Undo the tag transformers writes for an infinity, which JSON cannot hold."""
-    if isinstance(value, dict) and value == {"__float__": "Infinity"}:
-        return math.inf
-    return [_untag(item) for item in value] if isinstance(value, list) else value
+def _read_limit(value: Any) -> tuple[float, ...]:
+    """Two numbers; an infinity, which JSON cannot hold, comes as the tag transformers writes."""
+    if isinstance(value, (list, tuple)):
+        limit = [math.inf if item == _tag(math.inf) else item for item in value]
+        if all(isinstance(item, (int, float)) and not isinstance(item, bool) for item in limit):
+            return tuple(limit)
+    raise ValueError(f"config: time_step_limit must be two numbers, got {value!r}")
 
 
 def _must(condition: bool, name: str, rule: str, value: object) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -125,30 +126,33 @@ class Mamba2(AtLeastFloat32):
         self.out_proj = Linear(c.d_inner, c.hidden_size)
 
     def forward(self, x_TD: Tensor, context: Context, layer: int) -> Tensor:
-        c = self.config
-        parts = self.in_proj(x_TD).split([c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
-        z_TD, xBC_TC, dt_TH = parts
-        state = None if context.step is None else context.step.mamba_state(layer)
+        c, step = self.config, context.step
+        z_TD, xBC_TC, dt_TH = self.in_proj(x_TD).split([c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
         weight_CW, bias_C = self.conv1d.cast(x_TD.dtype)
-        if state is not None and context.step is not None and context.step.one_token:
+        A_H, D_H, dt_bias_H = -torch.exp(self.A_log), self.D, self.dt_bias
+        state = None if step is None else step.mamba_state(layer)
+        if step is not None and state is not None and step.one_token:
             xBC_TC = causal_conv1d_update(xBC_TC, state.conv, weight_CW, bias_C, "silu")
-            y_THP = ssd_update(state.ssm, *self._scan_arguments(xBC_TC, dt_TH), c.time_step_limit)
+            x_THP, B_TGS, C_TGS = self._split(xBC_TC)
+            y_THP = ssd_update(state.ssm, x_THP, dt_TH, A_H, B_TGS, C_TGS, D_H, dt_bias_H, c.time_step_limit)
         else:
             cu = context.cu_seqlens
-            conv_before, ssm_before = (None, None) if state is None else (state.conv, state.ssm)
-            xBC_TC, conv = causal_conv1d(xBC_TC, weight_CW, bias_C, "silu", cu, conv_before)
-            arguments = self._scan_arguments(xBC_TC, dt_TH)
-            y_THP, ssm = ssd_scan(*arguments, c.time_step_limit, cu, ssm_before, chunk_size=c.chunk_size)
+            conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
+            xBC_TC, conv = causal_conv1d(xBC_TC, weight_CW, bias_C, "silu", cu, conv)
+            x_THP, B_TGS, C_TGS = self._split(xBC_TC)
+            steps = (D_H, dt_bias_H, c.time_step_limit)
+            y_THP, ssm = ssd_scan(x_THP, dt_TH, A_H, B_TGS, C_TGS, *steps, cu, ssm, c.chunk_size)
             if state is not None:
                 state.stage(conv, ssm)
         return self.out_proj(self.norm(y_THP.flatten(1), z_TD))
 
-    def _scan_arguments(self, xBC_TC: Tensor, dt_TH: Tensor) -> tuple[Tensor, ...]:
+    def _split(self, xBC_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
-        x_TD, B_TD, C_TD = xBC_TC.split([c.d_inner, *[c.n_groups * c.ssm_state_size] * 2], dim=-1)
+        width = c.n_groups * c.ssm_state_size
+        x_TD, B_TD, C_TD = xBC_TC.split([c.d_inner, width, width], dim=-1)
         x_THP = x_TD.unflatten(1, (c.mamba_num_heads, c.mamba_head_dim))
-        B_TGS, C_TGS = (t.unflatten(1, (c.n_groups, c.ssm_state_size)) for t in (B_TD, C_TD))
-        return x_THP, dt_TH, -torch.exp(self.A_log), B_TGS, C_TGS, self.D, self.dt_bias
+        B_TGS = B_TD.unflatten(1, (c.n_groups, c.ssm_state_size))
+        return x_THP, B_TGS, C_TD.unflatten(1, (c.n_groups, c.ssm_state_size))
 
 
 class DepthwiseConv(nn.Module):
@@ -367,8 +371,7 @@ class Hebatron(nn.Module):
         with torch.device(device if device is not None else torch.get_default_device()):
             self.backbone = Backbone(config)
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.backbone.embeddings.weight
+        self.tie()
         if self.device.type != "meta":
             self.initialise(seed)
 
@@ -383,6 +386,11 @@ class Hebatron(nn.Module):
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype | None) -> None:
         self._compute_dtype = dtype
+
+    def tie(self) -> None:
+        """Make the head the embeddings' own parameter where the config says so (moving from meta unties them)."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -600,8 +608,8 @@ def _enter(
         lengths = [] if torch.compiler.is_compiling() else _check_cu_seqlens(cu_seqlens, input_ids)
     elif attention_mask is not None:
         kept_T, lengths = _unpad(attention_mask, input_ids, allow_empty=cache is not None)
-        ids_T = ids_T[kept_T]
-        labels_T = None if labels_T is None else labels_T[kept_T]
+        if kept_T is not None:
+            ids_T, labels_T = ids_T[kept_T], None if labels_T is None else labels_T[kept_T]
     if cu_seqlens is None and len(lengths) > 1:
         ends = torch.tensor([0, *lengths]).cumsum(0)
         cu_seqlens = ends.to(torch.int32).to(input_ids.device)
@@ -630,7 +638,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, input_ids: Tensor) -> list[int]:
     same = cu_seqlens.device == input_ids.device
     _must(same, "cu_seqlens", f"be on {input_ids.device} like input_ids", cu_seqlens.device)
     ends = cu_seqlens.tolist()
-    lengths = [b - a for a, b in zip(ends, ends[1:])]
+    lengths = [b - a for a, b in pairwise(ends)]
     right = ends[0] == 0 and ends[-1] == tokens and min(lengths) >= 0
     _must(right, "cu_seqlens", f"rise from 0 to {tokens} (the number of tokens)", ends[:8])
     return lengths

@@ -1,0 +1,84 @@
+"""Small random models for the tests of this folder: configurations drawn from a seed, and weights that matter."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor, nn
+
+from hebatron import Hebatron, ModelConfig
+
+
+def random_config(seed: int) -> ModelConfig:
+    """Heads, groups, latent width, group-limited routing, pattern and chunk drawn at random; everything tiny."""
+    r = random.Random(seed)
+    mamba_groups, kv_heads = r.choice([1, 2, 4]), r.choice([1, 2, 3])
+    routing_groups, per_group = r.choice([(1, 4), (1, 9), (2, 3), (4, 2), (3, 4)])
+    topk_group = r.randint(1, routing_groups)
+    limit = r.choice([(0.0, float("inf")), (0.0, float("inf")), (0.01, float("inf"))])
+    return ModelConfig.from_pattern(
+        "".join(r.choice("MM*E-E") for _ in range(r.randint(2, 4))),
+        vocab_size=r.choice([32, 61]),
+        hidden_size=r.choice([16, 24, 40]),
+        num_attention_heads=kv_heads * r.choice([1, 2, 4]),
+        num_key_value_heads=kv_heads,
+        head_dim=r.choice([4, 8, 12]),
+        mamba_num_heads=mamba_groups * r.choice([1, 2, 3]),
+        mamba_head_dim=r.choice([4, 8, 10]),
+        ssm_state_size=r.choice([4, 8, 16]),
+        n_groups=mamba_groups,
+        conv_kernel=r.choice([2, 4, 4]),
+        use_conv_bias=r.random() < 0.8,
+        chunk_size=r.choice([4, 8, 16]),
+        time_step_limit=limit,
+        n_routed_experts=routing_groups * per_group,
+        num_experts_per_tok=r.randint(1, min(4, topk_group * per_group)),
+        moe_intermediate_size=r.choice([8, 12]),
+        moe_shared_expert_intermediate_size=r.choice([8, 20]),
+        moe_latent_size=r.choice([None, 8, 12]),
+        n_group=routing_groups,
+        topk_group=topk_group,
+        norm_topk_prob=r.random() < 0.7,
+        routed_scaling_factor=r.choice([1.0, 2.5]),
+        intermediate_size=r.choice([12, 28]),
+        max_position_embeddings=512,
+    )
+
+
+@torch.no_grad()
+def shake(model: nn.Module, seed: int) -> None:
+    """Weights large enough that every part of the model moves the logits, a router bias that changes choices, and
+    steps below 0.001, where transformers' default clamp would show."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, p in tensors:
+        noise = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype)
+        if "correction_bias" in name:
+            p.copy_(noise * 0.2)
+        elif "dt_bias" in name:
+            p.copy_(noise * 3.0 - 4.0)
+        elif "A_log" in name or name.endswith(".D"):
+            p.add_(noise * 0.2)
+        elif "norm" in name:
+            p.copy_(1.0 + 0.2 * noise)
+        else:
+            p.copy_(noise * (0.5 if "embeddings" in name else p.shape[-1] ** -0.5 if p.dim() > 1 else 0.1))
+
+
+def make_model(config: ModelConfig, seed: int = 0) -> Hebatron:
+    model = Hebatron(config)
+    shake(model, seed)
+    return model
+
+
+def random_ids(config: ModelConfig, rows: int, length: int, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, config.vocab_size, (rows, length), generator=g)
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    """max |got - wanted| / max |wanted|; both must be finite in the same places."""
+    assert got.shape == wanted.shape, (got.shape, wanted.shape)
+    assert torch.isfinite(got).all() and torch.isfinite(wanted).all()
+    return ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()

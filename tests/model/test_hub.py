@@ -1,0 +1,403 @@
+"""Checkpoints: the hub's names and bytes, faults refused, transformers opens our export unpatched."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from model_cases import make_model, random_ids, relative
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hebatron import Hebatron, ModelConfig, presets
+from hebatron.hub import INDEX, SINGLE, export_hf, from_pretrained, hub_tensors, save_pretrained
+
+MIXED = presets.tiny().replace(
+    layers_block_type=("mamba", "moe", "attention", "mlp"),
+    intermediate_size=48,
+    moe_latent_size=24,
+    n_routed_experts=4,
+)
+
+# The hub's names for one layer of each kind, written out: a renamed module must fail here.
+NAMES = {
+    "backbone.embeddings.weight": (64, 64),
+    "backbone.norm_f.weight": (64,),
+    "lm_head.weight": (64, 64),
+    **{f"backbone.layers.{i}.norm.weight": (64,) for i in range(4)},
+    "backbone.layers.0.mixer.in_proj.weight": (64 + 128 + 4, 64),
+    "backbone.layers.0.mixer.conv1d.weight": (128, 1, 4),
+    "backbone.layers.0.mixer.conv1d.bias": (128,),
+    "backbone.layers.0.mixer.A_log": (4,),
+    "backbone.layers.0.mixer.D": (4,),
+    "backbone.layers.0.mixer.dt_bias": (4,),
+    "backbone.layers.0.mixer.norm.weight": (64,),
+    "backbone.layers.0.mixer.out_proj.weight": (64, 64),
+    "backbone.layers.1.mixer.gate.weight": (4, 64),
+    "backbone.layers.1.mixer.gate.e_score_correction_bias": (4,),
+    "backbone.layers.1.mixer.fc1_latent_proj.weight": (24, 64),
+    "backbone.layers.1.mixer.fc2_latent_proj.weight": (64, 24),
+    "backbone.layers.1.mixer.shared_experts.up_proj.weight": (32, 64),
+    "backbone.layers.1.mixer.shared_experts.down_proj.weight": (64, 32),
+    **{f"backbone.layers.1.mixer.experts.{j}.up_proj.weight": (32, 24) for j in range(4)},
+    **{f"backbone.layers.1.mixer.experts.{j}.down_proj.weight": (24, 32) for j in range(4)},
+    "backbone.layers.2.mixer.q_proj.weight": (64, 64),
+    "backbone.layers.2.mixer.k_proj.weight": (32, 64),
+    "backbone.layers.2.mixer.v_proj.weight": (32, 64),
+    "backbone.layers.2.mixer.o_proj.weight": (64, 64),
+    "backbone.layers.3.mixer.up_proj.weight": (48, 64),
+    "backbone.layers.3.mixer.down_proj.weight": (64, 48),
+}
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
+
+
+def test_names_and_shapes_on_disk_are_the_hubs(tmp_path: Path) -> None:
+    make_model(MIXED).save_pretrained(tmp_path / "m")
+    assert {name: tuple(t.shape) for name, t in stored(tmp_path / "m").items()} == NAMES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [10**9, 60_000])
+def test_round_trip_is_byte_equal(tmp_path: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    model = make_model(MIXED)
+    save_pretrained(model, tmp_path / "a", dtype, shard_bytes)
+    again = Hebatron.from_pretrained(tmp_path / "a")
+    save_pretrained(again, tmp_path / "b", shard_bytes=shard_bytes)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert (tmp_path / "a" / INDEX).exists() == (shard_bytes == 60_000)
+    if shard_bytes == 60_000:
+        shards = [f.stat().st_size for f in (tmp_path / "a").glob("*.safetensors")]
+        assert len(shards) > 2 and max(shards) < 60_000 + 4_000  # tensors, and a header
+    assert again.compute_dtype == dtype
+    ids = random_ids(MIXED, 2, 9)
+    with torch.no_grad():
+        assert dtype != torch.float32 or torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_sensitive_tensors_stay_fp32_in_memory_and_keep_their_dtype_on_disk(tmp_path: Path) -> None:
+    model = make_model(MIXED)
+    save_pretrained(model, tmp_path / "a", torch.bfloat16)
+    assert stored(tmp_path / "a")["backbone.layers.0.mixer.A_log"].dtype == torch.float32
+    rounded = {name: t.to(torch.bfloat16) for name, t in stored(tmp_path / "a").items()}
+    save_file(rounded, tmp_path / "a" / SINGLE)  # as a trainer that casts everything leaves it
+    again = Hebatron.from_pretrained(tmp_path / "a")
+    sensitive = ("A_log", ".D", "dt_bias", "gate.weight", "correction_bias")
+    for name, t in again.state_dict().items():
+        assert t.dtype == (torch.float32 if name.endswith(sensitive) else torch.bfloat16), name
+    again.save_pretrained(tmp_path / "b")
+    assert all(t.dtype == torch.bfloat16 for t in stored(tmp_path / "b").values())
+
+
+def test_fp32_masters_from_a_bfloat16_checkpoint(tmp_path: Path) -> None:
+    save_pretrained(make_model(MIXED), tmp_path / "a", torch.bfloat16)
+    model = Hebatron.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert all(p.dtype == torch.float32 for p in model.parameters()) and model.compute_dtype == torch.float32
+
+
+def test_tied_head_is_stored_for_others_and_optional_for_us(tmp_path: Path) -> None:
+    model = make_model(MIXED.replace(tie_word_embeddings=True))
+    model.save_pretrained(tmp_path / "a")
+    tensors = stored(tmp_path / "a")
+    assert torch.equal(tensors["lm_head.weight"], tensors["backbone.embeddings.weight"])
+    again = from_pretrained(tmp_path / "a")
+    assert again.lm_head.weight is again.backbone.embeddings.weight
+    head = tensors.pop("lm_head.weight")
+    save_file(tensors, tmp_path / "a" / SINGLE)
+    assert torch.equal(from_pretrained(tmp_path / "a").lm_head.weight, head)
+    save_file(tensors | {"lm_head.weight": head + 1}, tmp_path / "a" / SINGLE)
+    with pytest.raises(ValueError, match=r"lm_head.weight must equal the embeddings"):
+        from_pretrained(tmp_path / "a")
+
+
+def test_prediction_heads_are_ignored_with_a_notice(tmp_path: Path) -> None:
+    make_model(MIXED).save_pretrained(tmp_path / "a")
+    extra = {"mtp.layers.0.norm.weight": torch.ones(3), "mtp.layers.0.eh_proj.weight": torch.ones(3, 3)}
+    save_file(stored(tmp_path / "a") | extra, tmp_path / "a" / SINGLE)
+    with pytest.warns(UserWarning, match=r"2 mtp\.\* tensors are ignored"):
+        from_pretrained(tmp_path / "a")
+
+
+# ---- transformers
+
+
+@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.01, math.inf)])
+def test_unpatched_transformers_opens_the_export_and_agrees(
+    tmp_path: Path, limit: tuple[float, float]
+) -> None:
+    config = MIXED.replace(n_routed_experts=8, n_group=2, time_step_limit=limit, eos_token_id=None)
+    model = make_model(config, seed=3)
+    export_hf(model, None, tmp_path / "hf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ids = random_ids(config, 2, 37)
+    with torch.no_grad():
+        assert relative(model(ids).logits, theirs(ids).logits) <= 1e-5
+    if limit[0] == 0.0:  # its one-token path ignores any clamp
+        wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        assert torch.equal(model.generate(ids, max_new_tokens=16), wanted)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = stored(tmp_path / "hf")
+    assert {n: t.shape for n, t in stored(tmp_path / "theirs").items()} == {
+        n: t.shape for n, t in ours.items()
+    }
+    assert all(torch.equal(t, ours[n]) for n, t in stored(tmp_path / "theirs").items())
+    again = Hebatron.from_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_export_keeps_the_original_config_and_copies_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tok").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "notes.txt"):
+        (tmp_path / "tok" / name).write_text("{}")
+    export_hf(make_model(MIXED), tmp_path / "tok", tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["time_step_min"] == 0.0
+    assert ModelConfig.load(tmp_path / "hf") == MIXED
+    assert {f.name for f in (tmp_path / "hf").iterdir()} == {
+        *(SINGLE, "config.json", "hebatron.json", "generation_config.json", "tokenizer.json"),
+        "tokenizer_config.json",
+    }
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": [2]}
+
+
+def test_export_refuses_what_transformers_cannot_say(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="time_step_limit must have no upper limit"):
+        export_hf(make_model(MIXED.replace(time_step_limit=(0.0, 0.5))), None, tmp_path / "hf")
+    with pytest.raises(ValueError, match="tokenizer_folder must hold"):
+        export_hf(make_model(MIXED), tmp_path, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+# ---- faults
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    folder = tmp_path / "good"
+    save_pretrained(make_model(MIXED), folder, shard_bytes=60_000)
+    return folder
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+
+
+def rename(tensors: dict[str, Tensor], old: str, new: str) -> None:
+    if old in tensors:
+        tensors[new] = tensors.pop(old)
+
+
+def replace(tensors: dict[str, Tensor], name: str, value: Callable[[Tensor], Tensor]) -> None:
+    if name in tensors:
+        tensors[name] = value(tensors[name]).contiguous()
+
+
+Q = "backbone.layers.2.mixer.q_proj.weight"
+K = "backbone.layers.2.mixer.k_proj.weight"
+TENSOR_FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
+    "missing": (lambda t: t.pop(Q, None), f"{Q} is missing"),
+    "extra": (lambda t: Q in t and t.update(surprise=torch.ones(2)), "surprise is not in this model"),
+    "renamed": (
+        lambda t: rename(t, "backbone.embeddings.weight", "backbone.embedding.weight"),
+        "got 2 that differ: backbone.embedding.weight is not in this model; backbone.embeddings.weight is missing",
+    ),
+    "shape": (
+        lambda t: replace(t, K, lambda x: x[:8]),
+        rf"{K} has shape \(8, 64\), the config says \(32, 64\)",
+    ),
+    "transposed": (lambda t: replace(t, K, lambda x: x.T), rf"{K} has shape \(64, 32\)"),
+    "integer": (lambda t: replace(t, Q, lambda x: x.to(torch.int8)), f"{Q} has dtype I8"),
+    "nan": (lambda t: replace(t, Q, lambda x: x * float("nan")), f"{Q} must be finite"),
+    "infinite": (lambda t: replace(t, "lm_head.weight", lambda x: x / 0), "lm_head.weight must be finite"),
+    "an expert": (
+        lambda t: t.pop("backbone.layers.1.mixer.experts.2.up_proj.weight", None),
+        "experts.2.up_proj.weight is missing",
+    ),
+    "the bias": (
+        lambda t: t.pop("backbone.layers.1.mixer.gate.e_score_correction_bias", None),
+        "e_score_correction_bias is missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", TENSOR_FAULTS)
+def test_wrong_tensors_are_refused_by_name(good: Path, fault: str) -> None:
+    change, message = TENSOR_FAULTS[fault]
+    change_tensors(good, change)
+    with pytest.raises(ValueError, match=message):
+        from_pretrained(good)
+
+
+def test_many_wrong_tensors_are_one_error_naming_ten(good: Path) -> None:
+    config = json.loads((good / "config.json").read_text())
+    (good / "config.json").write_text(json.dumps(config | {"n_routed_experts": 20}))
+    with pytest.raises(ValueError, match=r"got 34 that differ: .*; and 24 more$") as error:
+        from_pretrained(good)
+    assert str(error.value).count(";") == 10
+    (good / "config.json").write_text(
+        json.dumps(config | {"layers_block_type": None, "num_hidden_layers": 5})
+    )
+    with pytest.raises(ValueError, match="num_hidden_layers must equal"):
+        from_pretrained(good)
+
+
+def test_truncated_shard_is_refused_with_both_sizes(good: Path) -> None:
+    file = sorted(good.glob("*.safetensors"))[1]
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for keep in [
+        0,
+        1,
+        7,
+        8,
+        9,
+        header // 2,
+        header - 1,
+        header,
+        header + 1,
+        len(content) // 2,
+        len(content) - 1,
+    ]:
+        file.write_bytes(content[:keep])
+        with pytest.raises(ValueError, match=file.name) as error:
+            from_pretrained(good)
+        assert f"got {keep:,}" in str(error.value) or "must be" in str(error.value)
+    file.write_bytes(content + b"x")
+    with pytest.raises(
+        ValueError, match=rf"must have {len(content):,} bytes by its header, got {len(content) + 1:,}"
+    ):
+        from_pretrained(good)
+
+
+@pytest.mark.parametrize("header", [b"[]", b"{", b'{"a": 1}', b'{"a": {"data_offsets": [0]}}', b"\xff\xff"])
+def test_hostile_header_is_refused(good: Path, header: bytes) -> None:
+    file = sorted(good.glob("*.safetensors"))[0]
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=file.name):
+        from_pretrained(good)
+    for length in (2**63, 100_000_001, 0):
+        file.write_bytes(length.to_bytes(8, "little") + header)
+        with pytest.raises(ValueError, match=file.name):
+            from_pretrained(good)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "model.bin",
+        "gone.safetensors",
+        "",
+        7,
+        None,
+        "\0.safetensors",
+    ],
+)
+def test_index_may_name_only_plain_files_of_its_folder(good: Path, name: object) -> None:
+    save_file({"x": torch.ones(1)}, good.parent / "x.safetensors")
+    index = json.loads((good / INDEX).read_text())
+    index["weight_map"][Q] = name
+    (good / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="weight_map must name|must be a file"):
+        from_pretrained(good)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "null", "{"])
+def test_broken_index_is_refused(good: Path, content: str) -> None:
+    (good / INDEX).write_text(content)
+    with pytest.raises(ValueError, match=INDEX):
+        from_pretrained(good)
+
+
+def test_links_must_stay_in_the_folder_or_the_hub_cache(tmp_path: Path) -> None:
+    model = make_model(MIXED)
+    cache = tmp_path / "models--someone--something"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots" / "abc").mkdir(parents=True)
+    model.save_pretrained(tmp_path / "plain")
+    for file in list((tmp_path / "plain").iterdir()):
+        (cache / "blobs" / file.name).write_bytes(file.read_bytes())
+        (cache / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert len(hub_tensors(from_pretrained(cache / "snapshots" / "abc"))) == len(NAMES)
+
+    (tmp_path / "plain" / SINGLE).unlink()
+    (tmp_path / "plain" / SINGLE).symlink_to(cache / "blobs" / SINGLE)
+    with pytest.raises(ValueError, match="must not lead out of"):
+        from_pretrained(tmp_path / "plain")
+    (cache / "snapshots" / "abc" / SINGLE).unlink()
+    (tmp_path / "outside").write_bytes((cache / "blobs" / SINGLE).read_bytes())
+    (cache / "snapshots" / "abc" / SINGLE).symlink_to(tmp_path / "outside")
+    with pytest.raises(ValueError, match="must not lead out of"):
+        from_pretrained(cache / "snapshots" / "abc")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "model.pkl"])
+def test_pickles_are_never_opened(good: Path, name: str) -> None:
+    for file in [*good.glob("*.safetensors"), good / INDEX]:
+        file.unlink()
+    (good / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    with pytest.raises(ValueError, match=f"got only {name}; pickled weights are never opened"):
+        from_pretrained(good)
+
+
+def test_special_files_are_refused(good: Path) -> None:
+    shard = sorted(good.glob("*.safetensors"))[0]
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(ValueError, match=f"{shard.name} must be a file, found something else"):
+        from_pretrained(good)
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(ValueError, match="must be a file, found something else"):
+        from_pretrained(good)
+    with pytest.raises(ValueError, match="folder must be a folder"):
+        from_pretrained(good / "config.json")
+
+
+def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(MIXED)
+    model.save_pretrained(tmp_path / "a")
+    before = files(tmp_path / "a")
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
+        model.save_pretrained(tmp_path / "a")
+    assert files(tmp_path / "a") == before
+
+    (tmp_path / f".b.{os.getpid()}.tmp").mkdir()  # left by a run that was killed
+    calls = []
+
+    def full_disk(*args: object, **kwargs: object) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        save_file(*args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hebatron.hub.save_file", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            save_pretrained(model, tmp_path / "b", shard_bytes=60_000)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a"]
+    (tmp_path / "b").mkdir()
+    save_pretrained(model, tmp_path / "b")
+    assert files(tmp_path / "b") == before
