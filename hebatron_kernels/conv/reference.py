@@ -3,6 +3,8 @@
 T tokens, C channels, W taps, Q sequences, K = W - 1 past inputs.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def causal_conv1d(
     taps = weight_CW.shape[1]
     bounds = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
     y_rows, states = [], []
-    for q, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for q, (begin, end) in enumerate(pairwise(bounds)):
         if initial_state is None:
             past_KC = torch.zeros(taps - 1, channels, dtype=torch.float64, device=x_TC.device)
         else:

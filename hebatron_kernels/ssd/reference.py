@@ -4,6 +4,7 @@ T tokens, H heads, P head dim, G groups, S state, Q sequences. Head h reads grou
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def ssd_scan(
     state_dtype = torch.float64 if x_THP.dtype == torch.float64 else torch.float32
     zero_HPS = torch.zeros(heads, head_dim, B_TGS.shape[2], dtype=torch.float64, device=x_THP.device)
     y_rows, states = [], []
-    for q, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for q, (begin, end) in enumerate(pairwise(bounds)):
         state_HPS = zero_HPS if initial_state is None else initial_state[q].double()
         for t in range(begin, end):
             y_HP, state_HPS = _one_token(
