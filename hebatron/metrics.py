@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -53,7 +53,10 @@ class MetricsWriter:
         """Make what was written durable; called before a checkpoint that relies on it."""
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -136,6 +139,18 @@ def load_bars(counts: Sequence[int], width: int = 64) -> str:
 
 def bpb_text(bpb: dict[str, float]) -> str:
     return "  ".join(f"{source} {value:.3f}" for source, value in bpb.items())
+
+
+class Reporter(Protocol):
+    """Where progress goes: `step` gets each step's record and the tokens per expert of each MoE layer."""
+
+    def __enter__(self) -> object: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> object: ...
+    def note(self, text: str) -> None: ...
+    def step(self, record: Record, load: Sequence[Sequence[int]]) -> None: ...
+    def event(self, record: Record) -> None: ...
 
 
 class PlainReporter:
@@ -260,9 +275,6 @@ def sparkline(values: Sequence[float] | deque[float]) -> str:
     low, high = min(values), max(values)
     scale = (len(BARS) - 2) / (high - low) if high > low else 0.0
     return "".join(BARS[1 + round((value - low) * scale)] for value in values)
-
-
-Reporter = PlainReporter | LiveReporter
 
 
 def make_reporter(total_steps: int, every: int, title: str) -> Reporter:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from hebatron.runconfig import OptimizerConfig, ScheduleConfig
+from .runconfig import OptimizerConfig, ScheduleConfig
 
 # Decay would pull these towards zero, where they do not belong whatever their rank: the scan's decay rate,
 # its skip and its step bias carry time scales, and the router's correction bias is not trained by gradient.

@@ -21,13 +21,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from .curriculum import Curriculum, Phase
+from .presets import PRESETS
+
 CONDITIONS: dict[str, Callable[[Any], bool]] = {
     "> 0": lambda value: value > 0,
     ">= 0": lambda value: value >= 0,
     "in [0, 1)": lambda value: 0 <= value < 1,
+    "in [0, 1000)": lambda value: 0 <= value < 1000,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "not empty": lambda value: len(value) > 0,
 }
+
+TYPE_NAMES = {str: "a string", Path: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
 
 def _checked(default: Any, condition: str, *, hashed: bool = True) -> Any:
@@ -47,8 +53,8 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """One prepared corpus folder and the name that phases, anchor and metrics call it by."""
+class CorpusConfig:
+    """One prepared corpus folder and the name that phases and anchor call it by."""
 
     name: str = field(metadata={"condition": "not empty"})
     path: Path = field(metadata={"hashed": False})  # the plan's hash covers the content
@@ -56,23 +62,15 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Corpora and the held-out split: documents chosen by content hash, never seen in training."""
+    """Corpora and held-out text: documents chosen by the hash of their text, in no row of the plan."""
 
-    sources: tuple[SourceConfig, ...] = _checked((), "not empty")
+    corpora: tuple[CorpusConfig, ...] = _checked((), "not empty")
     tokenizer: Path = field(default=Path("tokenizer"), metadata={"hashed": False})
-    held_out_share: float = _checked(0.02, "in [0, 1)")  # of the documents of each source
+    held_out_permille: int = _checked(20, "in [0, 1000)")  # of each corpus; 0: none
+    held_out: tuple[CorpusConfig, ...] = field(
+        default=(), metadata={"hashed": False}
+    )  # whole folders, besides
     held_out_tokens: int = _checked(20_000, "> 0", hashed=False)  # evaluated per source, the first by hash
-
-
-@dataclass(frozen=True)
-class PhaseConfig:
-    """A stretch of the curriculum: a mixture of sources, how many tokens, how long the rows are."""
-
-    name: str = field(metadata={"condition": "not empty"})
-    sources: dict[str, float] = field(metadata={"condition": "not empty"})
-    tokens: int = field(metadata={"condition": "> 0"})
-    seq_len: int = _checked(256, "> 0")
-    anchor_share: float = _checked(0.0, "in [0, 1)")  # of the loss-bearing tokens
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,8 @@ class TrainingConfig:
     tokens_per_microbatch: int = _checked(4096, "> 0")  # of one forward and backward
     router_aux_coefficient: float = _checked(1e-4, ">= 0")
     router_bias_rate: float = _checked(1e-3, ">= 0")
-    seed: int = _checked(0, ">= 0")
+    seed: int = _checked(0, ">= 0")  # of fresh weights, the plan and samples
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     checkpoint_every: int = _checked(200, "> 0", hashed=False)
     keep_last: int = _checked(2, "> 0", hashed=False)
     eval_every: int = _checked(100, "> 0", hashed=False)
@@ -124,9 +123,9 @@ class RunConfig:
     run_dir: Path = field(default=Path("runs/default"), metadata={"hashed": False})
     model: ModelSection = field(default_factory=ModelSection)
     data: DataConfig = field(default_factory=DataConfig)
-    phases: tuple[PhaseConfig, ...] = _checked((), "not empty")
+    phases: tuple[Phase, ...] = _checked((), "not empty")
     anchor: dict[str, float] = field(default_factory=dict)  # source weights of the anchor stream
-    order: str = "easy_to_hard"  # or "reversed"
+    order: str | tuple[str, ...] = "easy_to_hard"  # or "reversed", or phase names
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -172,15 +171,25 @@ def from_table(kind: type[Any], table: Mapping[str, Any], place: str = "") -> An
         if required and name not in table:
             raise ValueError(f"{prefix}{name} must be given, got nothing")
     hints = typing.get_type_hints(kind)
-    return kind(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in table.items()})
+    values = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in table.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:  # a dataclass that checks itself, such as Phase
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, place: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return tuple(value) if isinstance(value, list) else value
-    if origin in (typing.Union, types.UnionType):  # only "X | None" occurs, and TOML has no null
-        return _convert(next(arg for arg in args if arg is not types.NoneType), value, place)
+    if origin in (
+        typing.Union,
+        types.UnionType,
+    ):  # "X | None" (null in a saved run) and "str | tuple[str, ...]"
+        if value is None and types.NoneType in args:
+            return None
+        others = [arg for arg in args if arg is not types.NoneType]
+        return _convert(others[-1] if isinstance(value, list) else others[0], value, place)
     if origin is Literal:
         if value not in args:
             choices = ", ".join(map(str, args))
@@ -201,14 +210,7 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        word = {
-            str: "a string",
-            Path: "a string",
-            int: "an integer",
-            float: "a number",
-            bool: "true or false",
-        }
-        raise ValueError(f"{place} must be {word[hint]}, got {value!r}")
+        raise ValueError(f"{place} must be {TYPE_NAMES[hint]}, got {value!r}")
     return value
 
 
@@ -227,29 +229,37 @@ def check_run_config(config: RunConfig) -> None:
     given = [name for name in ("preset", "path", "pattern") if getattr(model, name) is not None]
     if len(given) != 1:
         raise ValueError(f"model must have exactly one of preset, path, pattern, got {given or 'none'}")
+    if model.preset is not None and model.preset not in PRESETS:
+        hint = _did_you_mean(model.preset, PRESETS)
+        raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {model.preset!r}{hint}")
     if model.path is not None and model.fields:
         raise ValueError(f"model.fields must be empty with model.path, got {sorted(model.fields)}")
-    names = [source.name for source in config.data.sources]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise ValueError(f"data.sources[{i}].name must be unique, got {name!r} again")
-    _check_weights(config.anchor, names, "anchor")
+    _check_names(config.data.corpora, "data.corpora")
+    _check_names(config.data.held_out, "data.held_out")
+    names = [corpus.name for corpus in config.data.corpora]
+    for i, corpus in enumerate(config.data.held_out):
+        if config.data.held_out_permille and corpus.name in names:
+            raise ValueError(
+                f"data.held_out[{i}].name must differ from data.corpora's while held_out_permille is not 0, "
+                f"got {corpus.name!r}"
+            )
+    _check_sources(config.anchor, names, "anchor")
     for i, phase in enumerate(config.phases):
-        if phase.name in [other.name for other in config.phases[:i]]:
-            raise ValueError(f"phases[{i}].name must be unique, got {phase.name!r} again")
-        _check_weights(phase.sources, names, f"phases[{i}].sources")
+        _check_sources(phase.sources, names, f"phases[{i}].sources")
         if phase.anchor_share > 0 and not config.anchor:
             raise ValueError(f"phases[{i}].anchor_share must be 0 without [anchor], got {phase.anchor_share}")
-        if phase.seq_len > config.training.tokens_per_microbatch:
+        limit = min(config.training.tokens_per_microbatch, config.training.tokens_per_batch)
+        if phase.seq_len > limit:
             raise ValueError(
-                f"phases[{i}].seq_len must be at most training.tokens_per_microbatch "
-                f"{config.training.tokens_per_microbatch}, got {phase.seq_len}"
+                f"phases[{i}].seq_len must be at most training.tokens_per_microbatch and tokens_per_batch, "
+                f"{limit}, got {phase.seq_len}"
             )
-    if config.training.tokens_per_batch % config.training.tokens_per_microbatch:
-        raise ValueError(
-            f"training.tokens_per_batch must be a multiple of training.tokens_per_microbatch "
-            f"{config.training.tokens_per_microbatch}, got {config.training.tokens_per_batch}"
-        )
+    curriculum(config)
+
+
+def curriculum(config: RunConfig) -> Curriculum:
+    """The curriculum part of the tree, as the plan is built from it."""
+    return Curriculum(config.phases, config.anchor, config.order, config.training.seed)
 
 
 def _check_ranges(section: Any, place: str) -> None:
@@ -268,13 +278,20 @@ def _check_ranges(section: Any, place: str) -> None:
                     _check_ranges(item, f"{where}[{i}].")
 
 
-def _check_weights(weights: Mapping[str, float], sources: Sequence[str], place: str) -> None:
-    for name, weight in weights.items():
-        if name not in sources:
-            hint = _did_you_mean(name, sources)
-            raise ValueError(f"{place}.{name} must be one of the data.sources {', '.join(sources)}{hint}")
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"{place}.{name} must be > 0, got {weight}")
+def _check_names(corpora: Sequence[CorpusConfig], place: str) -> None:
+    for i, corpus in enumerate(corpora):
+        if corpus.name in [other.name for other in corpora[:i]]:
+            raise ValueError(f"{place}[{i}].name must be unique, got {corpus.name!r} again")
+        if "/" in corpus.name:
+            raise ValueError(f"{place}[{i}].name must be without '/' (corpus/source), got {corpus.name!r}")
+
+
+def _check_sources(weights: Mapping[str, float], corpora: Sequence[str], place: str) -> None:
+    for name in weights:
+        corpus = name.partition("/")[0]
+        if corpus not in corpora:
+            hint = _did_you_mean(corpus, corpora)
+            raise ValueError(f"{place}.{name} must name one of data.corpora {', '.join(corpora)}{hint}")
 
 
 # ---------------------------------------------------------------- identity
@@ -298,6 +315,19 @@ def _plain(value: Any, hashed_only: bool) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item, hashed_only) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
+
+
+def describe(config: RunConfig) -> str:
+    """The resolved tree, one `section.field = value` a line."""
+
+    def lines(value: Any, place: str) -> list[str]:
+        if isinstance(value, dict) and value:
+            return [line for key, item in value.items() for line in lines(item, f"{place}.{key}".lstrip("."))]
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return [line for i, item in enumerate(value) for line in lines(item, f"{place}[{i}]")]
+        return [f"{place} = {json.dumps(value, ensure_ascii=False)}"]
+
+    return "\n".join(lines(to_table(config), ""))
 
 
 def config_hash(config: RunConfig) -> str:

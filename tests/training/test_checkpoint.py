@@ -42,6 +42,7 @@ class Toy(nn.Module):
         self.embed = nn.Embedding(5, 4)
         self.head = nn.Linear(4, 5)
         self.head.weight = self.embed.weight
+        self.router_bias: Tensor
         self.register_buffer("router_bias", torch.zeros(3))
         self.register_buffer("scratch", torch.zeros(3), persistent=False)
 
@@ -116,6 +117,11 @@ def swap(folder: Path) -> None:
     (folder / "x").rename(folder / OPTIMIZER)
 
 
+def become(path: Path, make: Callable[[Path], object]) -> None:
+    path.unlink()
+    make(path)
+
+
 def link(folder: Path) -> None:
     shutil.move(folder / MODEL, folder.parent / "outside")
     (folder / MODEL).symlink_to(folder.parent / "outside")
@@ -139,8 +145,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "extra pickle": (lambda f: (f / "extra.pkl").write_bytes(pickle.dumps(print)), "must hold .*extra.pkl"),
     "state flipped": (lambda f: flip(f / STATE, 5), "state.json must have sha256"),
     "model a link": (link, "model.safetensors must be a regular file, got a link"),
-    "model a folder": (lambda f: ((f / MODEL).unlink(), (f / MODEL).mkdir()), "got another kind of file"),
-    "model a fifo": (lambda f: ((f / MODEL).unlink(), os.mkfifo(f / MODEL)), "got another kind of file"),
+    "model a folder": (lambda f: become(f / MODEL, Path.mkdir), "got another kind of file"),
+    "model a fifo": (lambda f: become(f / MODEL, os.mkfifo), "got another kind of file"),
 }
 
 

@@ -1,0 +1,175 @@
+"""What a training run works on, opened from its configuration: corpora, plan, model, optimizer, checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import load_checkpoint, load_state, newest_valid
+from .config import ModelConfig
+from .corpus import Corpus
+from .curriculum import build_plan
+from .model import Hebatron
+from .optim import build_optimizer
+from .plan import Plan, Step
+from .presets import PRESETS
+from .runconfig import RunConfig, curriculum, differences, to_table
+from .tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass
+class Run:
+    """Everything the loop works on; `step` and `bad_in_row` are all of its own state."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    plan: Plan
+    steps: list[Step]
+    held_out: list[tuple[str, Corpus]]
+    model: Hebatron
+    optimizer: torch.optim.AdamW
+    step: int = 0
+    bad_in_row: int = 0
+    bpb: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return len(self.steps)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.run_dir / "checkpoints"
+
+
+def open_run(config: RunConfig) -> Run:
+    """Tokenizer, corpora, plan, model and optimizer of a run at step 0."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    corpora: dict[str, Corpus] = {}
+    held_out: list[tuple[str, Corpus]] = []
+    for entry in config.data.corpora:
+        corpus = Corpus.open(entry.path, tokenizer)
+        if config.data.held_out_permille:
+            corpus, unseen = corpus.split(config.data.held_out_permille)
+            held_out.append((entry.name, unseen))
+        corpora[entry.name] = corpus
+    held_out += [(entry.name, Corpus.open(entry.path, tokenizer)) for entry in config.data.held_out]
+    refuse_overlap(corpora, held_out)
+    plan = build_plan(curriculum(config), corpora)
+    model = open_model(config, tokenizer)
+    return Run(
+        config,
+        tokenizer,
+        plan,
+        plan.steps(config.training.tokens_per_batch),
+        held_out,
+        model,
+        build_optimizer(model, config.optimizer),
+    )
+
+
+def refuse_overlap(corpora: dict[str, Corpus], held_out: list[tuple[str, Corpus]]) -> None:
+    """A text that is trained on and evaluated measures memory: refused, by the hash of the text."""
+    trained = {corpus.hash(i): name for name, corpus in corpora.items() for i in range(len(corpus))}
+    for name, corpus in held_out:
+        both = [i for i in range(len(corpus)) if corpus.hash(i) in trained]
+        if both:
+            raise ValueError(
+                f"train: held-out {name!r} must share no document with the corpora, got {len(both)} of "
+                f"{len(corpus)} also in {trained[corpus.hash(both[0])]!r}"
+            )
+
+
+def open_model(config: RunConfig, tokenizer: Tokenizer) -> Hebatron:
+    """The model of `config.model` with fp32 master parameters; fresh weights come from training.seed."""
+    section = config.model
+    compute_dtype = getattr(torch, section.compute_dtype)
+    device = config.training.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if section.path is not None:
+        model = Hebatron.from_pretrained(section.path, dtype=torch.float32, device=device)
+        model.compute_dtype = compute_dtype
+    else:
+        model = Hebatron(
+            model_config(config, tokenizer), compute_dtype, seed=config.training.seed, device=device
+        )
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"train: model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
+            f"got {model.config.vocab_size}"
+        )
+    longest = max(phase.seq_len for phase in config.phases)
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(
+            f"train: phases seq_len must be at most the model's max_position_embeddings "
+            f"{model.config.max_position_embeddings}, got {longest}"
+        )
+    model.train()
+    return model
+
+
+def model_config(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The preset or pattern with the tokenizer's vocabulary and special ids, then `model.fields` over it."""
+    section = config.model
+    ids = {
+        "vocab_size": tokenizer.vocab_size,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    if section.pattern is not None:
+        base: dict[str, Any] = {"hybrid_override_pattern": section.pattern}
+    else:
+        base = PRESETS[str(section.preset)]().to_hub()
+    try:
+        return ModelConfig.from_hub({**base, **ids, **section.fields})
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+
+
+def resume(run: Run, force: bool) -> list[str]:
+    """Load the newest intact checkpoint, if there is one. Returns what to tell the user."""
+    folder, notices = newest_valid(run.checkpoints)
+    if folder is None:
+        return notices
+    state = load_state(folder)
+    wrong = differences(state.get("config"), to_table(run.config, hashed_only=True))
+    if state.get("plan_hash") != run.plan.hash:
+        wrong.append(
+            f"plan: {state.get('plan_hash')!s:.12} -> {run.plan.hash:.12} (corpora, phases or order)"
+        )
+    if wrong and not force:
+        raise ValueError(
+            f"train: run_dir must hold this very run to resume it, got {folder} of another: {'; '.join(wrong)}; "
+            "choose a new run_dir, or force"
+        )
+    step = state["step"]
+    if step > run.total:
+        raise ValueError(f"train: {folder} must be within the plan's {run.total} steps, got step {step}")
+    load_checkpoint(folder, run.model, run.optimizer)
+    run.step = step
+    forced = [f"forced: {line}" for line in wrong]
+    return [*notices, *forced, f"resuming from {folder.name} of {run.total} steps"]
+
+
+def headline(run: Run) -> str:
+    """Size of the run in three numbers."""
+    parameters = sum(p.numel() for p in run.model.parameters())
+    phases = ", ".join(f"{phase.name} {len(rows) * phase.seq_len:,}" for phase, rows in run.plan.blocks)
+    return (
+        f"{parameters:,} parameters; {run.plan.num_tokens:,} tokens ({phases}) in {run.total} steps; "
+        f"plan {run.plan.hash:.12}"
+    )
+
+
+def write_config(config: RunConfig) -> None:
+    """The resolved tree as run_dir/config.json."""
+    path = config.run_dir / "config.json"
+    tmp = path.with_name(f".tmp-{path.name}")
+    tmp.write_text(json.dumps(to_table(config), indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(tmp, path)

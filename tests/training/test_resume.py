@@ -1,0 +1,179 @@
+"""A run stopped anywhere and started again has the same bits as one that never stopped."""
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from toy import Silent, checkpoint_bits, toy_config, toy_train, write_corpora
+
+from hebatron.checkpoint import checkpoints
+from hebatron.curriculum import Phase
+from hebatron.metrics import read_metrics, without_time
+from hebatron.runconfig import RunConfig
+from hebatron.train import train
+
+STEPS = 12  # 4 in each of three phases
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(corpora, run folder) of an uninterrupted run."""
+    root = tmp_path_factory.mktemp("whole")
+    write_corpora(root)
+    result = toy_train(toy_config(root, root / "run"))
+    assert result.finished and result.step == STEPS
+    return root, root / "run"
+
+
+def assert_same_run(run_dir: Path, whole_dir: Path) -> None:
+    assert checkpoint_bits(run_dir) == checkpoint_bits(whole_dir)
+    ours, theirs = read_metrics(run_dir), read_metrics(whole_dir)
+    assert [without_time(record) for record in ours] == [without_time(record) for record in theirs]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (run_dir / "final" / name).read_bytes() == (whole_dir / "final" / name).read_bytes()
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS))
+def test_resume_at_every_step_equals_the_uninterrupted_run_bitwise(
+    whole: tuple[Path, Path], tmp_path: Path, stop: int
+) -> None:
+    config = toy_config(whole[0], tmp_path)
+    first = toy_train(config, stop_after=stop)
+    assert (first.step, first.finished, first.final) == (stop, False, None)
+    assert toy_train(config).finished
+    assert_same_run(tmp_path, whole[1])
+
+
+def test_resume_after_each_single_step_equals_the_uninterrupted_run(
+    whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config = toy_config(whole[0], tmp_path)
+    for step in range(1, STEPS + 1):
+        assert toy_train(config, stop_after=step).step == step
+    assert_same_run(tmp_path, whole[1])
+
+
+def test_resume_of_a_finished_run_changes_nothing(whole: tuple[Path, Path]) -> None:
+    files = [
+        path for path in whole[1].rglob("*") if path.is_file() and path.name not in ("config.json", "lock")
+    ]
+    before = {path: (path.stat().st_ino, path.read_bytes()) for path in files if path.name != "metrics.jsonl"}
+    result = toy_train(toy_config(*whole))
+    assert result.finished and result.final == whole[1] / "final"
+    assert {path: (path.stat().st_ino, path.read_bytes()) for path in before} == before
+
+
+def test_resume_goes_back_over_a_damaged_checkpoint_and_its_metrics(
+    whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config = toy_config(whole[0], tmp_path, checkpoint_every=3)
+    toy_train(config, stop_after=6)
+    with (tmp_path / "checkpoints/step-000006/model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    reporter = Silent()
+    train(config, reporter=reporter)
+    assert any("skipped damaged step-000006" in note for note in reporter.notes)
+    assert "resuming from step-000003 of 12 steps" in reporter.notes
+    assert_same_run(tmp_path, whole[1])
+
+
+# ---------------------------------------------------------------- signals and kills
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_saves_and_returns(
+    whole: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    config = toy_config(whole[0], tmp_path)
+    handler = signal.getsignal(number)
+
+    def after(step: int) -> None:
+        if step == 5:
+            os.kill(os.getpid(), number)
+
+    result = train(config, reporter=Silent(after))
+    assert result.step == 5 and signal.getsignal(number) is handler
+    assert checkpoints(tmp_path / "checkpoints")[0].name == "step-000005"
+    toy_train(config)
+    assert_same_run(tmp_path, whole[1])
+
+
+def test_second_signal_interrupts_at_once(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    def twice(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(toy_config(whole[0], tmp_path), reporter=Silent(twice))
+
+
+def train_in_child(config: RunConfig) -> None:
+    toy_train(config)
+
+
+def test_kill_at_any_moment_still_ends_with_the_same_bits(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    # forkserver: torch is imported once and not forked from a process whose thread pool runs
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hebatron.train", "torch._dynamo"])
+    config = toy_config(whole[0], tmp_path, checkpoint_every=1)
+    kills, reached = 0, 0
+    while reached < STEPS - 1:
+        child = context.Process(target=train_in_child, args=(config,))
+        child.start()
+        deadline = time.monotonic() + 60
+        while child.is_alive() and time.monotonic() < deadline:
+            found = checkpoints(tmp_path / "checkpoints")
+            if found and int(found[0].name[5:]) >= reached + 3:
+                break
+            time.sleep(0.001)
+        time.sleep(0.004 * (kills % 5))  # into the forward, the backward, the next save
+        child.kill()
+        child.join()
+        now = int(checkpoints(tmp_path / "checkpoints")[0].name[5:])
+        assert now > reached, "a restart after a kill made no progress"
+        kills, reached = kills + 1, now
+    assert kills >= 2
+    toy_train(config)
+    assert_same_run(tmp_path, whole[1])
+
+
+# ---------------------------------------------------------------- another run
+
+
+def test_resume_refuses_another_configuration_naming_it(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    config = toy_config(whole[0], tmp_path)
+    toy_train(config, stop_after=2)
+    before = checkpoint_bits(tmp_path)
+    other = replace(config, optimizer=replace(config.optimizer, learning_rate=1e-2))
+    with pytest.raises(
+        ValueError, match=r"got .*step-000002 of another: optimizer.learning_rate: 0.003 -> 0.01;"
+    ):
+        toy_train(other)
+    assert checkpoint_bits(tmp_path) == before
+    assert toy_train(other, stop_after=3, force=True).step == 3
+
+
+def test_resume_refuses_another_plan_naming_it(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    config = toy_config(whole[0], tmp_path)
+    toy_train(config, stop_after=2)
+    longer = replace(config, phases=(*config.phases, Phase("more", {"en": 1.0}, tokens=64, seq_len=16)))
+    with pytest.raises(
+        ValueError, match=r"phases: .*plan: [0-9a-f]{12} -> [0-9a-f]{12} \(corpora, phases or order\)"
+    ):
+        toy_train(longer)
+    assert toy_train(longer, force=True).step == STEPS + 1
+
+
+def test_resume_accepts_another_cadence(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    config = toy_config(whole[0], tmp_path)
+    toy_train(config, stop_after=2)
+    other = replace(config, training=replace(config.training, checkpoint_every=3, keep_last=1, log_every=1))
+    toy_train(other)
+    assert_same_run(tmp_path, whole[1])
+    assert [folder.name for folder in checkpoints(tmp_path / "checkpoints")] == ["step-000012"]
