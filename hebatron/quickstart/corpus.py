@@ -217,9 +217,9 @@ def gather(seed: int = 0) -> list[Document]:
 
 
 def split(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents: every 20th of a source, or its last where it has fewer."""
+    """(training, held-out) documents without repeats: every 20th of a source, or its last of fewer."""
     by_source: dict[str, list[Document]] = {}
-    for document in documents:
+    for document in {document.text: document for document in documents}.values():
         by_source.setdefault(document.source, []).append(document)
     training: list[Document] = []
     held_out: list[Document] = []

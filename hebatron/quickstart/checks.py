@@ -1,0 +1,128 @@
+"""What the quickstart measures after training: stop and resume, export, speed against a dense model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hebatron.checkpoint import MODEL, OPTIMIZER, checkpoints
+from hebatron.hub import export_hf
+from hebatron.metrics import PlainReporter, read_metrics, without_time
+from hebatron.model import Hebatron
+from hebatron.presets import quickstart_dense
+from hebatron.quickstart.report import ExportCheck, ResumeCheck, SpeedCheck
+from hebatron.quickstart.settings import Settings, resume_config
+from hebatron.sizes import count_parameters
+from hebatron.train import train
+
+GREEDY_TOKENS = 24
+
+
+class SilentReporter(PlainReporter):
+    """Shows nothing: the check's runs are not the user's."""
+
+    def __init__(self) -> None:
+        super().__init__(total_steps=0, every=1)
+
+    def note(self, text: str) -> None:
+        return None
+
+
+def check_resume(settings: Settings, out: Path, seed: int) -> ResumeCheck:
+    """Trains one short run twice, without a stop and with one, and compares what they leave, bit by bit.
+
+    The second run ends at the stop as if by a signal, and starts again in a new `train` call from its
+    checkpoint. Compared are the bytes of weights and optimizer state and every metric but the clock's.
+    """
+    folder = out / "resume_check"
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted quickstart in this same folder
+    through = resume_config(settings, out, seed, "through")
+    stopped = replace(through, run_dir=folder / "stopped")
+    result = train(through, reporter=SilentReporter())
+    train(stopped, stop_after=settings.resume_stop, reporter=SilentReporter())
+    train(stopped, reporter=SilentReporter())
+    digests = [_digest(config.run_dir) for config in (through, stopped)]
+    shutil.rmtree(folder)
+    return ResumeCheck(result.total_steps, settings.resume_stop, *digests)
+
+
+def _digest(run_dir: Path) -> str:
+    """sha256 of the newest checkpoint's tensors and of the metrics without their times."""
+    digest = hashlib.sha256()
+    newest = checkpoints(run_dir / "checkpoints")[0]
+    for name in (MODEL, OPTIMIZER):
+        digest.update((newest / name).read_bytes())
+    for record in read_metrics(run_dir):
+        digest.update(json.dumps(without_time(record), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def check_export(model: Hebatron, tokenizer_folder: Path, out: Path, ids: list[int]) -> ExportCheck:
+    """Exports the model, opens the folder with transformers as it is and compares logits and greedy text."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: a local folder needs no network
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder = out / "hf"
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted quickstart in this same folder
+    export_hf(model, tokenizer_folder, folder)
+    theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs.eval()
+    prompt = torch.tensor([ids])
+    with torch.no_grad():
+        logits = model(prompt).logits
+        difference = (logits - theirs(prompt).logits).abs().max().item()
+        mine = model.generate(prompt, max_new_tokens=GREEDY_TOKENS, eos_token_id=())
+        other = theirs.generate(
+            prompt,
+            max_new_tokens=GREEDY_TOKENS,
+            min_new_tokens=GREEDY_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return ExportCheck(folder, transformers.__version__, difference, torch.equal(mine, other))
+
+
+def check_speed(model: Hebatron, settings: Settings) -> SpeedCheck:
+    """Prefill of one batch through the trained model and a dense one of equal total size, turn by turn."""
+    batch, length = settings.prefill
+    dense = Hebatron(quickstart_dense(model.config.vocab_size), model.compute_dtype)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for turn in range(settings.speed_repeats + 1):
+        for times, which in zip(seconds, (model, dense), strict=True):
+            elapsed = _timed(which.eval(), ids)
+            if turn:  # the first turn warms caches and threads
+                times.append(elapsed)
+    sizes = [count_parameters(which.config) for which in (model, dense)]
+    return SpeedCheck(
+        batch,
+        length,
+        settings.speed_repeats,
+        sizes[0].total,
+        sizes[1].total,
+        sizes[0].active_with_head,
+        sizes[1].active_with_head,
+        batch * length / statistics.median(seconds[0]),
+        batch * length / statistics.median(seconds[1]),
+    )
+
+
+def _timed(model: Callable[..., object], ids: Tensor) -> float:
+    with torch.no_grad():
+        began = time.perf_counter()
+        model(ids, logits_to_keep=1)
+        return time.perf_counter() - began

@@ -1,0 +1,112 @@
+"""What the quickstart trains and for how long: every number in one place, every step count fixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hebatron.curriculum import Phase
+from hebatron.runconfig import (
+    CorpusConfig,
+    DataConfig,
+    ModelSection,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+BASE = "base"  # the phase before the Hebrew ones; "before" figures are taken at its end
+CORPUS = "text"  # name of the one prepared corpus; its sources are "text/narrative" and so on
+
+PHASES = (
+    Phase(BASE, {"text/english": 1.0, "text/python": 1.0}, tokens=160_000, seq_len=256),
+    Phase(
+        "1 simple",
+        {"text/exercises": 1.0, "text/interface": 1.0, "text/narrative": 3.0},
+        tokens=220_000,
+        seq_len=256,
+        anchor_share=0.15,
+    ),
+    Phase(
+        "2 poetry",
+        {"text/narrative": 1.0, "text/poetry": 3.0},
+        tokens=200_000,
+        seq_len=512,
+        anchor_share=0.15,
+    ),
+    Phase(
+        "3 long",
+        {"text/books": 1.0, "text/mishnah": 1.5, "text/narrative": 0.5},
+        tokens=220_000,
+        seq_len=1024,
+        anchor_share=0.15,
+    ),
+)
+PROMPTS = ("ויאמר יהוה אל משה", "ויהי בימים ההם", "רבי יהודה אומר", "לדוד היו חמישה ספרים.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One quickstart. The defaults are the published one; tests make a miniature with `replace`."""
+
+    phases: tuple[Phase, ...] = PHASES
+    vocab_size: int = 4096
+    tokens_per_batch: int = 2048
+    learning_rate: float = 4e-3
+    warmup_steps: int = 20
+    eval_every: int = 100
+    held_out_tokens: int = 4_000  # a source and evaluation
+    prompts: tuple[str, ...] = PROMPTS
+    sample_tokens: int = 48
+    resume_rows: int = 4  # rows of each phase in the stop-and-resume check
+    resume_stop: int = 3  # the step after which that check stops, in the middle of a phase
+    prefill: tuple[int, int] = (8, 512)  # batch and length of the speed comparison
+    speed_repeats: int = 5
+
+
+def run_config(settings: Settings, out: Path, seed: int) -> RunConfig:
+    """The training run of a quickstart in folder `out`."""
+    return RunConfig(
+        run_dir=out / "run",
+        model=ModelSection(preset="quickstart"),
+        data=DataConfig(
+            corpora=(CorpusConfig(CORPUS, out / "corpus"),),
+            held_out=(CorpusConfig("held out", out / "held_out"),),
+            held_out_permille=0,  # held_out is a split by document of every source, made before preparing
+            held_out_tokens=settings.held_out_tokens,
+            tokenizer=out / "tokenizer",
+        ),
+        phases=settings.phases,
+        anchor={"text/english": 1.0, "text/python": 1.0},
+        optimizer=OptimizerConfig(learning_rate=settings.learning_rate),
+        schedule=ScheduleConfig(warmup_steps=settings.warmup_steps, decay_share=0.3),
+        training=TrainingConfig(
+            tokens_per_batch=settings.tokens_per_batch,
+            tokens_per_microbatch=settings.tokens_per_batch,
+            seed=seed,
+            checkpoint_every=1_000_000,  # where it stops: a crash starts again
+            keep_last=1,
+            eval_every=settings.eval_every,
+            sample_prompts=settings.prompts,
+            sample_tokens=settings.sample_tokens,
+        ),
+    )
+
+
+def resume_config(settings: Settings, out: Path, seed: int, name: str) -> RunConfig:
+    """A short run over all phases without evaluations: the same model and text, few rows."""
+    config = run_config(settings, out, seed)
+    phases = tuple(replace(phase, tokens=settings.resume_rows * phase.seq_len) for phase in settings.phases)
+    return replace(
+        config,
+        run_dir=out / "resume_check" / name,
+        phases=phases,
+        data=replace(config.data, held_out=()),
+        training=replace(
+            config.training,
+            tokens_per_batch=max(phase.seq_len for phase in phases),
+            tokens_per_microbatch=max(phase.seq_len for phase in phases),
+            sample_prompts=(),
+        ),
+    )
