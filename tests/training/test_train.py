@@ -1,0 +1,297 @@
+"""One training step and the loop around it: accumulation, router, bad gradients, inputs, what a run leaves."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from toy import Silent, checkpoint_bits, state_bits, toy_config, toy_train, write_corpora
+
+from hebatron.checkpoint import checkpoints, load_checkpoint, model_tensors
+from hebatron.curriculum import Phase
+from hebatron.metrics import read_metrics
+from hebatron.model import Hebatron
+from hebatron.optim import learning_rate
+from hebatron.plan import Batch, Plan
+from hebatron.run import Run, open_run
+from hebatron.runconfig import CorpusConfig, ModelSection, RunConfig
+from hebatron.tokenizer import load_tokenizer
+from hebatron.train import Diverged, evaluate_held_out, phase_starts, sample, train, train_step
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpora")
+    write_corpora(folder)
+    return folder
+
+
+def one_batch(root: Path, run_dir: Path, tokens_per_microbatch: int) -> RunConfig:
+    config = toy_config(root, run_dir, tokens_per_batch=256, tokens_per_microbatch=tokens_per_microbatch)
+    config = replace(config, phases=config.phases[:1])
+    return replace(config, optimizer=replace(config.optimizer, grad_clip=0.0))
+
+
+# ---------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_train_step_gives_the_same_gradient_for_any_number_of_microbatches(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masked: bool
+) -> None:
+    if masked:  # rows with very different numbers of loss-bearing tokens: a mean of means would be wrong
+        whole = Plan.batch
+
+        def hide(plan: Plan, rows: range) -> Batch:
+            batch = whole(plan, rows)
+            labels = batch.labels.view(len(rows), -1).clone()
+            for i, row in enumerate(rows):
+                labels[i, : (7 * row) % 16] = -100
+            return replace(batch, labels=labels.flatten())
+
+        monkeypatch.setattr(Plan, "batch", hide)
+    runs, records = [], []
+    for tokens in (256, 64, 16):
+        run = open_run(one_batch(root, tmp_path, tokens))
+        record, counts = train_step(run)
+        runs.append((run, counts))
+        records.append(record)
+    first, first_counts = runs[0]
+    assert records[0]["tokens"] == 256 and records[0]["loss_tokens"] == (136 if masked else 256)
+    for (run, counts), record in zip(runs[1:], records[1:]):
+        assert counts == first_counts and record["loss_tokens"] == records[0]["loss_tokens"]
+        assert record["loss"] == pytest.approx(records[0]["loss"], abs=1e-6)
+        assert record["aux_loss"] == pytest.approx(records[0]["aux_loss"], abs=1e-6)
+        assert record["grad_norm"] == pytest.approx(records[0]["grad_norm"], rel=1e-6)
+        for (name, ours), theirs in zip(run.model.named_parameters(), first.model.parameters()):
+            assert ours.grad is not None and theirs.grad is not None
+            error = float((ours.grad - theirs.grad).abs().max())
+            assert error <= 1e-6 * max(1.0, float(theirs.grad.abs().max())), name
+
+
+def test_train_step_moves_the_router_bias_against_the_load_of_the_whole_batch(
+    root: Path, tmp_path: Path
+) -> None:
+    run = open_run(one_batch(root, tmp_path, 16))
+    _, counts = train_step(run)
+    load = torch.tensor(counts[0], dtype=torch.float32)
+    (bias,) = [
+        buffer for name, buffer in run.model.named_buffers() if name.endswith("e_score_correction_bias")
+    ]
+    expected = run.config.training.router_bias_rate * torch.sign(load.mean() - load)
+    assert int(load.sum()) == 2 * 256 and torch.equal(bias, expected)
+
+
+def test_train_step_adds_the_router_loss_with_its_coefficient(root: Path, tmp_path: Path) -> None:
+    gradients = []
+    for coefficient in (0.0, 1.0):
+        config = one_batch(root, tmp_path, 64)
+        config = replace(config, training=replace(config.training, router_aux_coefficient=coefficient))
+        run = open_run(config)
+        train_step(run)
+        (gate,) = [p for name, p in run.model.named_parameters() if name.endswith("gate.weight")]
+        assert gate.grad is not None
+        gradients.append(gate.grad)
+    assert float((gradients[0] - gradients[1]).abs().max()) > 1e-5
+
+
+def test_train_step_uses_the_schedule_of_its_position(root: Path, tmp_path: Path) -> None:
+    config = toy_config(root, tmp_path)
+    toy_train(config)
+    run = open_run(config)
+    starts = phase_starts(run.steps)
+    assert starts == [0, 4, 8]
+    rates = [record["lr"] for record in read_metrics(tmp_path) if record["kind"] == "step"]
+    peak = config.optimizer.learning_rate
+    assert rates == [learning_rate(step, 12, config.schedule, peak, starts) for step in range(12)]
+
+
+# ---------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_train_learns_a_learnable_toy(root: Path, tmp_path: Path, compute_dtype: str) -> None:
+    config = toy_config(root, tmp_path, tokens_per_batch=256, tokens_per_microbatch=256)
+    config = replace(
+        config,
+        model=replace(config.model, compute_dtype=compute_dtype),
+        phases=(Phase("he", {"he": 1.0}, tokens=256 * 40, seq_len=32, anchor_share=0.25),),
+        optimizer=replace(config.optimizer, learning_rate=1e-2),
+    )
+    before = evaluate_held_out(open_run(config))
+    result = toy_train(config)
+    losses = [record["loss"] for record in read_metrics(tmp_path) if record["kind"] == "step"]
+    assert losses[0] > 5.5 and losses[-1] < 2.5
+    assert all(result.bits_per_byte[source] < 0.5 * before[source] for source in ("he", "en"))
+    tensors = model_tensors(Hebatron.from_pretrained(tmp_path / "final"))
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_evaluation_and_samples_change_nothing(root: Path, tmp_path: Path) -> None:
+    run = open_run(toy_config(root, tmp_path))
+    train_step(run)
+    before, rng, gradients = state_bits(run), torch.get_rng_state(), [p.grad for p in run.model.parameters()]
+    kept = [None if gradient is None else gradient.clone() for gradient in gradients]
+    scores, text = evaluate_held_out(run), sample(run, "שלום")
+    assert state_bits(run) == before and torch.equal(torch.get_rng_state(), rng) and run.model.training
+    for parameter, gradient in zip(run.model.parameters(), kept):
+        assert gradient is not None and parameter.grad is not None and torch.equal(parameter.grad, gradient)
+    assert evaluate_held_out(run) == scores and sample(run, "שלום") == text
+
+
+# ---------------------------------------------------------------- gradients that are not finite
+
+
+def poison(run: Run, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the gradient of `steps` (1-based) NaN."""
+    weight = run.model.lm_head.weight
+    weight.register_hook(lambda gradient: gradient * torch.nan if run.step + 1 in steps else gradient)
+    monkeypatch.setattr("hebatron.train.open_run", lambda config: run)
+
+
+def test_train_skips_a_bad_step_and_saves_no_checkpoint_of_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(root, tmp_path, checkpoint_every=4)
+    run = open_run(config)
+    poison(run, monkeypatch, {4, 5})
+    seen: list[tuple[int, dict[str, bytes]]] = []
+    train(config, stop_after=7, reporter=Silent(lambda step: seen.append((step, state_bits(run)))))
+    states = dict(seen)
+    assert states[3] == states[4] == states[5] and states[5] != states[6]
+    # due at 4, written after the first good step, 6; then where the run stopped
+    assert [folder.name for folder in checkpoints(tmp_path / "checkpoints")] == ["step-000007", "step-000006"]
+    records = {record["step"]: record for record in read_metrics(tmp_path) if record["kind"] == "step"}
+    assert [records[step]["skipped"] for step in range(3, 7)] == [False, True, True, False]
+    assert records[4]["loss"] is None and records[4]["grad_norm"] is None
+
+
+def test_train_stops_after_bad_steps_in_a_row_and_keeps_the_last_good_state(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(root, tmp_path, checkpoint_every=1)
+    run = open_run(config)
+    poison(run, monkeypatch, {4, 5, 6})
+    with pytest.raises(
+        Diverged, match=r"step 6 \(phase formal, rows 20\.\.23\), bad step number 3 in a row; .*lm_head"
+    ):
+        train(config, reporter=Silent())
+    assert checkpoints(tmp_path / "checkpoints")[0].name == "step-000003"
+    good = open_run(config)
+    load_checkpoint(tmp_path / "checkpoints/step-000003", good.model, good.optimizer)
+    assert state_bits(good) == state_bits(run)
+
+
+def test_train_stopped_on_a_bad_step_keeps_the_earlier_checkpoint(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(root, tmp_path, checkpoint_every=2)
+    poison(open_run(config), monkeypatch, set())
+    run = open_run(config)
+    poison(run, monkeypatch, {5})
+    reporter = Silent()
+    train(config, stop_after=5, reporter=reporter)
+    assert checkpoints(tmp_path / "checkpoints")[0].name == "step-000004"
+    assert any("step 5 was not finite: no checkpoint of it" in note for note in reporter.notes)
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def test_train_leaves_config_metrics_checkpoints_and_a_final_model(root: Path, tmp_path: Path) -> None:
+    config = toy_config(
+        root, tmp_path, sample_prompts=("שלום",), sample_tokens=4, checkpoint_every=5, keep_last=2
+    )
+    result = toy_train(config)
+    assert json.loads((tmp_path / "config.json").read_text())["phases"][1]["anchor_share"] == 0.25
+    assert [folder.name for folder in checkpoints(tmp_path / "checkpoints")] == ["step-000012", "step-000010"]
+    records = read_metrics(tmp_path)
+    assert [r["step"] for r in records if r["kind"] == "step"] == list(range(1, 13))
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [4, 5, 8, 10, 12]  # phase ends and every 5
+    assert [r["prompt"] for r in records if r["kind"] == "sample"] == ["שלום"] * 5
+    # 4 rows of 16 in the middle phase hold one anchor row; of the last, 2 of 8 rows of 32
+    anchor = [r["anchor_tokens"] for r in records if r["kind"] == "step"]
+    assert anchor[:8] == [0, 0, 0, 0, 16, 16, 16, 16] and sum(anchor[8:]) == 64
+    assert result.final == tmp_path / "final" and set(result.bits_per_byte) == {"he", "en"}
+
+    exported = Hebatron.from_pretrained(result.final)
+    run = open_run(config)
+    load_checkpoint(tmp_path / "checkpoints/step-000012", run.model, run.optimizer)
+    assert torch.equal(exported.lm_head.weight, run.model.lm_head.weight)
+    assert load_tokenizer(result.final).fingerprint == run.tokenizer.fingerprint
+
+
+def test_train_continues_from_a_model_folder(root: Path, tmp_path: Path) -> None:
+    config = toy_config(root, tmp_path / "base")
+    config = replace(config, phases=config.phases[:1])
+    base = toy_train(config)
+    second = replace(config, run_dir=tmp_path / "second", model=ModelSection(path=base.final))
+    run, trained = open_run(second), open_run(config)
+    load_checkpoint(tmp_path / "base/checkpoints/step-000004", trained.model, trained.optimizer)
+    assert torch.equal(run.model.lm_head.weight, trained.model.lm_head.weight)
+    assert toy_train(second).bits_per_byte["en"] < base.bits_per_byte["en"]
+
+
+def test_train_is_the_same_twice_and_another_seed_differs(root: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        torch.rand(1)  # the caller's generator is none of the run's business
+        toy_train(toy_config(root, tmp_path / name), stop_after=3)
+    toy_train(toy_config(root, tmp_path / "c", seed=1), stop_after=3)
+    assert checkpoint_bits(tmp_path / "a") == checkpoint_bits(tmp_path / "b")
+    assert checkpoint_bits(tmp_path / "a") != checkpoint_bits(tmp_path / "c")
+
+
+def test_train_leaves_the_callers_random_generator_alone(root: Path, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    toy_train(toy_config(root, tmp_path), stop_after=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- refused
+
+
+def test_train_refuses_a_folder_in_use(root: Path, tmp_path: Path) -> None:
+    config = toy_config(root, tmp_path)
+
+    def second(step: int) -> None:
+        with pytest.raises(ValueError, match="run_dir must not be in use"):
+            toy_train(config)
+
+    train(config, stop_after=1, reporter=Silent(second))
+
+
+def test_train_refuses_held_out_text_that_is_trained_on(root: Path, tmp_path: Path) -> None:
+    config = toy_config(root, tmp_path)
+    data = replace(config.data, held_out_permille=0, held_out=(CorpusConfig("test", root / "he"),))
+    with pytest.raises(
+        ValueError, match="held-out 'test' must share no document with the corpora, got 60 of 60"
+    ):
+        toy_train(replace(config, data=data))
+
+
+def test_train_refuses_a_model_that_does_not_fit(root: Path, tmp_path: Path) -> None:
+    config = toy_config(root, tmp_path)
+    cases = [
+        (ModelSection(preset="tiny", fields={"vocab_size": 100}), r"model\.vocab_size must be at least"),
+        (ModelSection(preset="tiny", fields={"hiden_size": 64}), "model: .*hiden_size"),
+        (
+            ModelSection(preset="tiny", fields={"max_position_embeddings": 16}),
+            "seq_len must be at most .*16, got 32",
+        ),
+        (ModelSection(preset="tinny"), r"model\.preset must be one of .*; did you mean 'tiny'\?"),
+        (ModelSection(pattern="MXE"), "model: "),
+        (ModelSection(pattern="M"), "model: .*hidden_size"),
+    ]
+    for section, message in cases:
+        with pytest.raises(ValueError, match=message):
+            toy_train(replace(config, model=section))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_train_refuses_another_tokenizer_and_a_bad_stop(root: Path, tmp_path: Path) -> None:
+    config = toy_config(root, tmp_path)
+    with pytest.raises(ValueError, match="stop_after must be >= 1, got 0"):
+        toy_train(config, stop_after=0)
+    with pytest.raises(ValueError, match=r"folder must contain tokenizer\.json"):
+        toy_train(replace(config, data=replace(config.data, tokenizer=tmp_path)))
