@@ -102,6 +102,21 @@ def test_plan_counts_every_token_but_the_first_once_an_epoch(
     assert all(count <= -(-len(rest) // per_epoch) for count in Counter(rest).values())
 
 
+def test_plan_may_end_anywhere(corpora: dict[str, Corpus]) -> None:
+    per_epoch = int((corpora["easy"].lengths - 1).sum())
+
+    def pairs(tokens: int, seq_len: int) -> list[tuple[int, int]]:
+        phases = (Phase("p", {"easy": 1}, tokens, seq_len), Phase("q", {"hard": 1}, 5, 5))
+        plan = build_plan(Curriculum(phases), corpora)
+        assert plan.segments[:, 3].min() >= 1
+        mine = plan.segments[: plan.row_segments[tokens // seq_len]]
+        return [(d, t) for _, d, start, n in mine.tolist() for t in range(start, start + n)]
+
+    whole = pairs(per_epoch + 20, 1)
+    for tokens in range(1, per_epoch + 20):  # one row that ends within, at and just after each document
+        assert pairs(tokens, tokens) == whole[:tokens]
+
+
 def test_plan_batch_is_exactly_the_documents(corpora: dict[str, Corpus]) -> None:
     plan = build_plan(three_phases(), corpora)
     names = list(plan.corpora)

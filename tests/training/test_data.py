@@ -139,6 +139,20 @@ def test_prepare_drops_and_counts_empty_documents_and_repeats(tokenizer: Tokeniz
     assert report.read == report.documents + sum(report.dropped.values()) == 18
 
 
+def test_prepare_drops_and_counts_what_the_tokenizer_loses(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub tokenizer's normaliser may delete characters, and with them a whole document."""
+    expected = [*tokenizer.encode(HEBREW[0]), tokenizer.eos_id]
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: [[], expected[:-1]])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("x", HEBREW[0])])
+    report = prepare([path], tmp_path / "out", tokenizer)
+    assert (report.read, report.documents, report.dropped) == (2, 1, {"no tokens": 1})
+    corpus = Corpus.open(tmp_path / "out")
+    assert corpus.index["ledger"]["used"] == 1
+    assert corpus.tokens(0).tolist() == expected
+
+
 def test_prepare_removes_byte_order_mark_and_bidi_controls(tokenizer: Tokenizer, tmp_path: Path) -> None:
     marked = "\u200fשלום \u202eabc\u202c \u2066x\u2069"
     records = [{"text": marked}, {"text": "\ufeffשלום"}]
@@ -302,6 +316,10 @@ def test_prepare_replaces_only_what_it_may(tokenizer: Tokenizer, tmp_path: Path)
     with pytest.raises(ValueError, match="prepare: out must be a new folder or an earlier corpus"):
         prepare(files, tmp_path / "mine", tokenizer, overwrite=True)
     assert files_below(tmp_path / "mine") == {"thesis.txt": b"x"}
+    (tmp_path / "mine" / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="must be hebatron-corpus version 1, got"):
+        prepare(files, tmp_path / "mine", tokenizer, overwrite=True)
+    assert files_below(tmp_path / "mine") == {"thesis.txt": b"x", "index.json": b"{}"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "mine", "out"]  # no scratch folder stays
 
 
