@@ -257,8 +257,9 @@ def _save_carry(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _carry_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-    grad_added, grad_decay, grad_starts = _carry_states_bwd(grad, *ctx.saved_tensors)
-    return grad_added, grad_decay, None if ctx.saved_tensors[2] is None else grad_starts, None
+    saved = ctx.saved_tensors  # once: under activation checkpointing they can be unpacked only once
+    grad_added, grad_decay, grad_starts = _carry_states_bwd(grad, *saved)
+    return grad_added, grad_decay, None if saved[2] is None else grad_starts, None
 
 
 _carry_states.register_autograd(_carry_gradients, setup_context=_save_carry)
