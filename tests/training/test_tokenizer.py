@@ -107,6 +107,19 @@ def test_tokenizer_loaded_never_truncates_or_pads(tokenizer: Tokenizer, tmp_path
     assert loaded.fingerprint == tokenizer.fingerprint
 
 
+def test_load_tokenizer_reads_token_objects_and_does_without_pad(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Older hub folders write a token as an object; some name no padding token."""
+    tokenizer.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["eos_token"] = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+    del config["pad_token"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.eos_id, loaded.bos_id, loaded.pad_id) == (4, 1, None)
+
+
 def test_tokenizer_training_is_deterministic(tokenizer: Tokenizer) -> None:
     assert train_bpe(TEXTS[::-1] * 3, 500).fingerprint == tokenizer.fingerprint
     assert train_bpe(TEXTS * 4, 499).fingerprint != tokenizer.fingerprint
