@@ -59,8 +59,9 @@ def linear_cross_entropy(
         To x and weight, for any upstream gradient; first order. Ignored tokens get exactly 0.
 
     Backends:
-        torch: chunks of tokens (4 MB of logits at a vocabulary of 4,096), every dtype and device. Logits and softmax are fp32 whatever the
-        dtype; a half-precision gradient is rounded once per chunk and summed in fp32. reference: fp64, all logits.
+        torch: chunks of tokens (256 at a vocabulary of 4,096 or more), every dtype and device. Logits and softmax are
+        fp32 whatever the dtype; a half-precision gradient is rounded once per chunk and summed in fp32.
+        reference: fp64, all logits.
 
     Source:
         Cross-entropy of a softmax over the output projection; the gradient made in the forward for mean and sum:

@@ -1,0 +1,252 @@
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hebatron_kernels as hk
+from hebatron_kernels import testing
+from hebatron_kernels.loss import torch_ops
+
+BACKENDS = ["torch", "reference"]
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def make(tokens, width, entries, dtype=torch.float64, ignored=0.3, ignore_index=-100):
+    x = torch.randn(tokens, width, dtype=dtype)
+    weight = torch.randn(entries, width, dtype=dtype) * 0.5
+    targets = torch.randint(entries, (tokens,))
+    targets[torch.rand(tokens) < ignored] = ignore_index
+    targets[:1] = 0  # a mean needs one
+    return [x, weight, targets]
+
+
+def textbook(x, weight, targets, ignore_index=-100, reduction="mean"):
+    return F.cross_entropy(
+        (x @ weight.T).to(torch_ops._compute(x)), targets, ignore_index=ignore_index, reduction=reduction
+    )
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Seven tokens a chunk."""
+    monkeypatch.setattr(torch_ops, "CHUNK_MIN_TOKENS", 7)
+    monkeypatch.setattr(torch_ops, "CHUNK_LOGITS", 1)
+
+
+# tokens, width, entries: one of each; one token; under, at and past a chunk; odd sizes; many chunks; nothing
+SHAPES = [(1, 1, 1), (1, 5, 3), (6, 4, 9), (7, 16, 40), (8, 33, 113), (113, 24, 51), (0, 4, 9)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("tokens", "width", "entries"), SHAPES)
+def test_linear_cross_entropy_torch_matches_oracle(small_chunks, dtype, reduction, tokens, width, entries):
+    if tokens == 0 and reduction == "mean":
+        return  # refused: below
+
+    def loss(*args, backend):
+        return (
+            textbook(*args) if backend == "torch" else hk.linear_cross_entropy(*args, backend=forms[backend])
+        )
+
+    forms = {"reference": "reference", "under test": "torch"}
+    testing.check_oracle(loss, [*make(tokens, width, entries), -100, reduction], dtype, "under test")
+
+
+def test_linear_cross_entropy_defaults_and_ignore_index():
+    x, weight, targets = make(20, 6, 11, ignored=0)
+    want = F.cross_entropy(x @ weight.T, targets)
+    for backend in BACKENDS:
+        torch.testing.assert_close(hk.linear_cross_entropy(x, weight, targets, backend=backend), want)
+        for reduction in REDUCTIONS:  # an ignore_index inside the vocabulary, as a pad token is
+            got = hk.linear_cross_entropy(x, weight, targets, 3, reduction, backend=backend)
+            torch.testing.assert_close(got, textbook(x, weight, targets, 3, reduction))
+    assert "-> torch" in hk.explain(hk.linear_cross_entropy, x, weight, targets)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="public in torch 2.13")
+def test_linear_cross_entropy_agrees_with_the_one_of_torch():
+    args = make(33, 8, 50)
+    for reduction in REDUCTIONS:
+        want = testing.run(lambda *a: F.linear_cross_entropy(*a, reduction=reduction), args)  # noqa: B023
+        got = testing.run(hk.linear_cross_entropy, [*args, -100, reduction])
+        for name in want:
+            torch.testing.assert_close(got[name], want[name])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_linear_cross_entropy_chunk_size_does_not_change_the_result(monkeypatch, reduction):
+    args = [*make(50, 8, 30), -100, reduction]
+    want = testing.run(hk.linear_cross_entropy, args)
+    for rows in (1, 3, 25, 49, 51):
+        monkeypatch.setattr(torch_ops, "CHUNK_MIN_TOKENS", rows)
+        monkeypatch.setattr(torch_ops, "CHUNK_LOGITS", 1)
+        got = testing.run(hk.linear_cross_entropy, args)
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-12, msg=name)
+
+
+class Shapes(TorchDispatchMode):
+    """The most elements of any result, and how many matrix products ran."""
+
+    largest, products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.numel())
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return out
+
+
+# three products a chunk where the gradient is made in the forward; the logits again for "none"; only what is asked
+@pytest.mark.parametrize(
+    ("reduction", "wants", "products"),
+    [
+        ("mean", "xw", 3),
+        ("sum", "xw", 3),
+        ("none", "xw", 4),
+        ("sum", "x", 2),
+        ("sum", "w", 2),
+        ("sum", "", 1),
+    ],
+)
+def test_linear_cross_entropy_never_holds_the_logits(small_chunks, reduction, wants, products):
+    x, weight, targets = make(70, 4, 90, torch.float32)
+    leaves = [leaf.requires_grad_(name in wants) for name, leaf in (("x", x), ("w", weight))]
+    with Shapes() as seen:
+        loss = hk.linear_cross_entropy(x, weight, targets, -100, reduction)
+        if wants:
+            torch.autograd.grad(loss.sum(), [leaf for leaf in leaves if leaf.requires_grad])
+    assert seen.largest <= 7 * 90  # one chunk of the 70 x 90 logits
+    assert seen.products == 10 * products
+    with Shapes() as seen, torch.no_grad():
+        hk.linear_cross_entropy(x, weight, targets, -100, reduction)
+    assert seen.products == 10
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_linear_cross_entropy_ignored_tokens_get_a_zero_gradient(small_chunks, reduction):
+    x, weight, targets = make(40, 6, 11, torch.float32)
+    found = testing.run(hk.linear_cross_entropy, [x, weight, targets, -100, reduction])
+    ignored = targets == -100
+    assert ignored.sum() > 3 and found["grad0"][ignored].count_nonzero() == 0
+    assert (found["grad0"][~ignored].abs().amax(1) > 0).all()
+    kept = testing.run(hk.linear_cross_entropy, [x[~ignored], weight, targets[~ignored], -100, "sum"])
+    alone = testing.run(hk.linear_cross_entropy, [x, weight, targets, -100, "sum"])
+    torch.testing.assert_close(alone["out0"], kept["out0"])
+    torch.testing.assert_close(alone["grad1"], kept["grad1"])
+
+
+def test_linear_cross_entropy_backward_runs_twice_with_any_upstream():
+    x, weight, targets = make(9, 4, 7)
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    want = torch.autograd.grad(textbook(x, weight, targets), leaves)
+    loss = hk.linear_cross_entropy(x, weight, targets)
+    for scale in (1.0, -3.5, 0.0):
+        got = torch.autograd.grad(loss, leaves, torch.tensor(scale, dtype=torch.float64), retain_graph=True)
+        for g, w in zip(got, want):
+            torch.testing.assert_close(g, scale * w)
+
+
+def test_linear_cross_entropy_is_fp32_for_half_precision():
+    x, weight, targets = make(200, 64, 500, torch.bfloat16)
+    got = hk.linear_cross_entropy(8 * x, weight, targets, reduction="none")
+    want = hk.linear_cross_entropy(
+        (8 * x).double(), weight.double(), targets, reduction="none", backend="reference"
+    )
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)  # bf16 logits: 0.2 off
+
+
+def test_linear_cross_entropy_survives_huge_logits():
+    x = torch.tensor([[1e4, 0.0], [-1e4, 1.0], [0.0, 0.0]])
+    args = [x, torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), torch.tensor([1, 1, 2]), -100, "none"]
+    found = testing.run(hk.linear_cross_entropy, args)
+    torch.testing.assert_close(found["out0"], torch.tensor([2e4, 0.0, torch.tensor(3.0).log()]))
+    assert all(value.isfinite().all() for value in found.values())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_linear_cross_entropy_takes_strided_tensors(reduction):
+    x, weight, targets = make(12, 6, 10)
+    want = testing.run(hk.linear_cross_entropy, [x, weight, targets, -100, reduction])
+    wide_targets = torch.full((12, 2), -7)
+    wide_targets[:, 1] = targets
+    for views in (
+        [testing.strided(x), testing.strided(weight), wide_targets[:, 1]],
+        [x.T.contiguous().T, weight.T.contiguous().T, targets],
+    ):
+        got = testing.run(hk.linear_cross_entropy, [*views, -100, reduction])
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_cross_entropy_gradcheck(backend, reduction):
+    x, weight, targets = make(5, 3, 4)
+    assert torch.autograd.gradcheck(
+        lambda a, b: hk.linear_cross_entropy(a, b, targets, -100, reduction, backend=backend),
+        [x.requires_grad_(), weight.requires_grad_()],
+        check_undefined_grad=False,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_cross_entropy_registration_and_fullgraph(small_chunks, backend):
+    args = make(10, 4, 6, torch.float32)
+    testing.check_registration("linear_cross_entropy", *args, -100, "none", backend=backend)
+    for reduction in ("mean", "none"):
+        testing.check_fullgraph(hk.linear_cross_entropy, [*args, -100, reduction], backend)
+
+
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_linear_cross_entropy_of_no_token(tokens):
+    x, weight, _ = make(tokens, 3, 5)
+    targets = torch.full((tokens,), -100)
+    with pytest.raises(
+        ValueError,
+        match=rf'have a token that is not ignored when reduction is "mean" .*, got {tokens} ignored',
+    ):
+        hk.linear_cross_entropy(x, weight, targets)
+    for backend in BACKENDS:
+        for reduction in ("sum", "none"):
+            found = testing.run(
+                hk.linear_cross_entropy, [x, weight, targets, -100, reduction], backend=backend
+            )
+            assert all(value.count_nonzero() == 0 for value in found.values())
+        private = torch.ops.hebatron._linear_cross_entropy  # where the targets may not be read
+        assert private(x, weight, targets, -100, "mean", backend).isnan()
+
+
+BAD = [
+    (dict(x_TD=torch.ones(4)), r"x_TD must have shape \(\*, \*\), got float32\[4\]"),
+    (dict(x_TD=torch.ones(2, 3).long()), "x_TD must have dtype float64 or .*, got int64"),
+    (dict(weight_VD=torch.ones(5, 4)), r"weight_VD must have shape \(\*, 3\), got float32\[5, 4\]"),
+    (dict(weight_VD=torch.ones(5, 3).bfloat16()), "weight_VD must have dtype float32, got bfloat16"),
+    (dict(weight_VD=torch.ones(0, 3)), "weight_VD must have entries and a width > 0"),
+    (
+        dict(weight_VD=torch.ones(5, 3, device="meta")),
+        "weight_VD must be on cpu like the first argument, got meta",
+    ),
+    (dict(targets_T=torch.tensor([1, 2, 3])), r"targets_T must have shape \(2\), got int64\[3\]"),
+    (dict(targets_T=torch.tensor([1, 2]).int()), "targets_T must have dtype int64, got int32"),
+    (dict(targets_T=torch.tensor([1, 5])), r"targets_T\[1\] must be in \[0, 5\) or ignore_index -100, got 5"),
+    (
+        dict(targets_T=torch.tensor([-1, 2])),
+        r"targets_T\[0\] must be in \[0, 5\) or ignore_index -100, got -1",
+    ),
+    (
+        dict(ignore_index=1, targets_T=torch.tensor([1, -100])),
+        r"targets_T\[1\] must be .* ignore_index 1, got -100",
+    ),
+    (dict(reduction="avg"), "reduction must be one of mean, sum, none, got 'avg'"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD)
+def test_linear_cross_entropy_names_a_bad_argument(wrong, message):
+    good = {"x_TD": torch.ones(2, 3), "weight_VD": torch.ones(5, 3), "targets_T": torch.tensor([1, 2])}
+    with pytest.raises(ValueError, match="linear_cross_entropy: " + message):
+        hk.linear_cross_entropy(**{**good, **wrong})
