@@ -39,10 +39,10 @@ def moe_route(
         choice_TE = _keep_best_groups(choice_TE, n_group, topk_group)
     # A stable sort, NaN first, where topk leaves the order of equals open.
     ids_TK = torch.sort(choice_TE, dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
-    weights_TK = logits_TE.gather(1, ids_TK).double().sigmoid().to(kept)
+    weights_TK = logits_TE.gather(1, ids_TK).double().sigmoid()
     if normalize:
         weights_TK = weights_TK / (weights_TK.sum(1, keepdim=True) + 1e-20)
-    return weights_TK * scale, ids_TK, _count(ids_TK.reshape(-1), experts, torch.int64)
+    return (weights_TK * scale).to(kept), ids_TK, _count(ids_TK.reshape(-1), experts, torch.int64)
 
 
 def _keep_best_groups(choice_TE: Tensor, n_group: int, topk_group: int) -> Tensor:
