@@ -7,9 +7,11 @@
 #ifdef HEBATRON_MODULE_CPU
 #include "cpu/dispatch.h"
 namespace backend = hebatron::cpu;
+#define HEBATRON_MODULE_OPS HEBATRON_OPS
 #else
 #include "cuda/device.h"
 namespace backend = hebatron::cuda;
+#define HEBATRON_MODULE_OPS HEBATRON_CUDA_OPS
 #endif
 
 namespace py = pybind11;
@@ -97,6 +99,84 @@ static RmsNormBwdArgs read(Reader& in, RmsNormBwdArgs*) {
   return b;
 }
 
+#ifdef HEBATRON_MODULE_CPU
+static ConvArgs read_conv(Reader& in, bool outputs) {
+  ConvArgs a{};
+  a.tokens = in.integer("tokens");
+  a.channels = in.integer("channels");
+  a.taps = in.integer("taps");
+  a.sequences = in.integer("sequences");
+  a.silu = in.integer("silu") != 0;
+  a.dtype = in.dtype("dtype");
+  a.x = in.pointer("x");
+  a.x_stride = in.integer("x_stride");
+  a.past = in.pointer("past");
+  a.weight = (const float*)in.pointer("weight");
+  a.bias = (const float*)in.pointer("bias");
+  a.cu_seqlens = (const int32_t*)in.pointer("cu_seqlens");
+  if (outputs) {
+    a.y = in.pointer("y");
+    a.last = in.pointer("last");
+  }
+  return a;
+}
+
+static ConvArgs read(Reader& in, ConvArgs*) { return read_conv(in, true); }
+
+static ConvBwdArgs read(Reader& in, ConvBwdArgs*) {
+  ConvBwdArgs b{};
+  b.forward = read_conv(in, false);
+  b.grad_y = in.pointer("grad_y");
+  b.grad_last = in.pointer("grad_last");
+  b.grad_x = in.pointer("grad_x");
+  b.grad_past = in.pointer("grad_past");
+  b.grad_weight = (float*)in.pointer("grad_weight");
+  b.grad_bias = (float*)in.pointer("grad_bias");
+  return b;
+}
+
+static ConvUpdateArgs read(Reader& in, ConvUpdateArgs*) {
+  ConvUpdateArgs a{};
+  a.sequences = in.integer("sequences");
+  a.channels = in.integer("channels");
+  a.taps = in.integer("taps");
+  a.silu = in.integer("silu") != 0;
+  a.dtype = in.dtype("dtype");
+  a.x = in.pointer("x");
+  a.x_stride = in.integer("x_stride");
+  a.state = in.pointer("state");
+  a.weight = (const float*)in.pointer("weight");
+  a.bias = (const float*)in.pointer("bias");
+  a.y = in.pointer("y");
+  return a;
+}
+
+static SsdUpdateArgs read(Reader& in, SsdUpdateArgs*) {
+  SsdUpdateArgs a{};
+  a.sequences = in.integer("sequences");
+  a.heads = in.integer("heads");
+  a.head_dim = in.integer("head_dim");
+  a.groups = in.integer("groups");
+  a.state_dim = in.integer("state_dim");
+  a.dt_min = in.real("dt_min");
+  a.dt_max = in.real("dt_max");
+  a.dtype = in.dtype("dtype");
+  a.state = (float*)in.pointer("state");
+  a.x = in.pointer("x");
+  a.x_stride = in.integer("x_stride");
+  a.dt = (const float*)in.pointer("dt");
+  a.A = (const float*)in.pointer("A");
+  a.B = in.pointer("B");
+  a.B_stride = in.integer("B_stride");
+  a.C = in.pointer("C");
+  a.C_stride = in.integer("C_stride");
+  a.D = (const float*)in.pointer("D");
+  a.dt_bias = (const float*)in.pointer("dt_bias");
+  a.y = in.pointer("y");
+  return a;
+}
+#endif
+
 template <class Args>
 static Args parse(const py::kwargs& kw) {
   Reader in(kw);
@@ -114,7 +194,7 @@ PYBIND11_MODULE(HEBATRON_MODULE, m) {
     backend::name(args, exec);                                                                             \
   });                                                                                                      \
   m.def(#name "_workspace", [](const py::kwargs& kw) { return backend::name##_workspace(parse<Args>(kw)); });
-  HEBATRON_OPS(HEBATRON_BIND)
+  HEBATRON_MODULE_OPS(HEBATRON_BIND)
 #ifdef HEBATRON_MODULE_CPU
   m.def("compiled_isas", &cpu::compiled_isas);
   m.def("available_isas", &cpu::available_isas);

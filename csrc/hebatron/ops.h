@@ -32,10 +32,75 @@ struct RmsNormBwdArgs {
   float* grad_weight;     // width
 };
 
-// Every operator: X(name, Args).
-#define HEBATRON_OPS(X)          \
+// y_t = act(bias + sum_w weight[w] * x_(t-K+w)) inside each sequence, K = taps - 1; last = each sequence's last K inputs.
+struct ConvArgs {
+  int64_t tokens, channels, taps, sequences;
+  bool silu;
+  DType dtype;  // of x, past, y, last
+  const void* x;
+  int64_t x_stride;
+  const void* past;           // sequences, K, channels: the inputs before each sequence, oldest first
+  const float* weight;        // taps, channels
+  const float* bias;          // channels, or null
+  const int32_t* cu_seqlens;  // sequences + 1
+  void* y;                    // tokens, channels
+  void* last;                 // sequences, K, channels
+};
+
+// Gradients of the above.
+struct ConvBwdArgs {
+  ConvArgs forward;       // y and last unused
+  const void* grad_y;     // tokens, channels, contiguous
+  const void* grad_last;  // sequences, K, channels, contiguous
+  void* grad_x;           // tokens, channels
+  void* grad_past;        // sequences, K, channels
+  float* grad_weight;     // taps, channels
+  float* grad_bias;       // channels
+};
+
+// One token of the convolution for every sequence; state (sequences, channels, K) drops its oldest input and takes x.
+struct ConvUpdateArgs {
+  int64_t sequences, channels, taps;
+  bool silu;
+  DType dtype;
+  const void* x;
+  int64_t x_stride;
+  void* state;
+  const float* weight;  // taps, channels
+  const float* bias;    // channels, or null
+  void* y;              // sequences, channels
+};
+
+// One token of the scan for every sequence: state = exp(dt A) state + dt x B^T, y = state C + D x, with
+// dt = clamp(softplus(dt + dt_bias), dt_min, dt_max). Rows of x are (heads, head_dim), of B and C (groups, state_dim).
+struct SsdUpdateArgs {
+  int64_t sequences, heads, head_dim, groups, state_dim;
+  double dt_min, dt_max;
+  DType dtype;  // of x, B, C, y
+  float* state;  // sequences, heads, head_dim, state_dim
+  const void* x;
+  int64_t x_stride;
+  const float* dt;  // sequences, heads
+  const float* A;   // heads
+  const void* B;
+  int64_t B_stride;
+  const void* C;
+  int64_t C_stride;
+  const float* D;        // heads, or null
+  const float* dt_bias;  // heads, or null
+  void* y;               // sequences, heads, head_dim
+};
+
+// Every operator: X(name, Args). Those of the first list have a CUDA form too.
+#define HEBATRON_CUDA_OPS(X)     \
   X(rms_norm_fwd, RmsNormArgs)   \
   X(rms_norm_bwd, RmsNormBwdArgs)
+#define HEBATRON_OPS(X)                     \
+  HEBATRON_CUDA_OPS(X)                      \
+  X(causal_conv1d_fwd, ConvArgs)            \
+  X(causal_conv1d_bwd, ConvBwdArgs)         \
+  X(causal_conv1d_update, ConvUpdateArgs)   \
+  X(ssd_update, SsdUpdateArgs)
 
 #define HEBATRON_DECLARE(name, Args)             \
   void name(const Args& args, const Exec& exec); \
@@ -45,7 +110,7 @@ namespace cpu {
 HEBATRON_OPS(HEBATRON_DECLARE)
 }
 namespace cuda {
-HEBATRON_OPS(HEBATRON_DECLARE)
+HEBATRON_CUDA_OPS(HEBATRON_DECLARE)
 }
 
 }  // namespace hebatron

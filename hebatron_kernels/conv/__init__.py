@@ -6,11 +6,11 @@ from torch import Tensor
 
 from .. import _check as check
 from .._dispatch import Operator
-from . import reference, torch_ops
+from . import native, reference, torch_ops
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 
-_MODULES = {"torch": torch_ops, "reference": reference}
+_MODULES = {"native": native, "torch": torch_ops, "reference": reference}
 
 
 def _fake(

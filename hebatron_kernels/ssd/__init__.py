@@ -10,12 +10,11 @@ from torch import Tensor
 
 from .. import _check as check
 from .._dispatch import Operator
-from . import reference, torch_ops
+from . import native, reference, torch_ops
 
 __all__ = ["ssd_scan", "ssd_update"]
 
 _SHARED = "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, float[] dt_limit"
-_MODULES = {"torch": torch_ops, "reference": reference}
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
@@ -34,14 +33,14 @@ _scan = Operator(
     "ssd_scan",
     f"Tensor x, Tensor dt, {_SHARED}, Tensor? cu_seqlens, Tensor? initial_state, int chunk_size",
     "(Tensor, Tensor)",
-    _MODULES,
+    {"torch": torch_ops, "reference": reference},
     _fake_scan,
 )
 _update = Operator(
     "ssd_update",
     f"Tensor(a!) state, Tensor x, Tensor dt, {_SHARED}",
     "Tensor",
-    _MODULES,
+    {"native": native, "torch": torch_ops, "reference": reference},
     lambda state, x, *others: x.new_empty(x.shape),
     differentiable=False,
 )
