@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
 from dataclasses import dataclass, field
@@ -41,6 +43,12 @@ class Run:
     def total(self) -> int:
         return len(self.steps)
 
+    @functools.cached_property
+    def phase_starts(self) -> list[int]:
+        """First step of each phase."""
+        pairs = enumerate(itertools.pairwise(self.steps), 1)
+        return [0, *(i for i, (before, step) in pairs if before.phase != step.phase)]
+
     @property
     def checkpoints(self) -> Path:
         return self.config.run_dir / "checkpoints"
@@ -57,10 +65,12 @@ def open_run(config: RunConfig) -> Run:
             corpus, unseen = corpus.split(config.data.held_out_permille)
             held_out.append((entry.name, unseen))
         corpora[entry.name] = corpus
-    held_out += [(entry.name, Corpus.open(entry.path, tokenizer)) for entry in config.data.held_out]
-    refuse_overlap(corpora, held_out)
+    folders = [(entry.name, Corpus.open(entry.path, tokenizer)) for entry in config.data.held_out]
+    refuse_overlap(corpora, folders)
+    held_out += folders
     plan = build_plan(curriculum(config), corpora)
     model = open_model(config, tokenizer)
+    check_prompts(config, tokenizer, model)
     return Run(
         config,
         tokenizer,
@@ -73,14 +83,27 @@ def open_run(config: RunConfig) -> Run:
 
 
 def refuse_overlap(corpora: dict[str, Corpus], held_out: list[tuple[str, Corpus]]) -> None:
-    """A text that is trained on and evaluated measures memory: refused, by the hash of the text."""
-    trained = {corpus.hash(i): name for name, corpus in corpora.items() for i in range(len(corpus))}
-    for name, corpus in held_out:
-        both = [i for i in range(len(corpus)) if corpus.hash(i) in trained]
-        if both:
+    """A text that is trained on and evaluated measures memory: refused, by the hash of the text. (The two sides
+    of `Corpus.split` cannot overlap, between corpora neither.)"""
+    for unseen_name, unseen in held_out:
+        hashes = {unseen.hash(i) for i in range(len(unseen))}
+        for name, corpus in corpora.items():
+            both = sum(corpus.hash(i) in hashes for i in range(len(corpus)))
+            if both:
+                raise ValueError(
+                    f"train: data.held_out {unseen_name!r} must share no document with data.corpora, "
+                    f"got {both} that are also in {name!r}"
+                )
+
+
+def check_prompts(config: RunConfig, tokenizer: Tokenizer, model: Hebatron) -> None:
+    """A prompt that cannot be continued is refused now and not at the first evaluation."""
+    room = model.config.max_position_embeddings - config.training.sample_tokens
+    for i, prompt in enumerate(config.training.sample_prompts):
+        length = len(tokenizer.encode(prompt))
+        if not 1 <= length <= room:
             raise ValueError(
-                f"train: held-out {name!r} must share no document with the corpora, got {len(both)} of "
-                f"{len(corpus)} also in {trained[corpus.hash(both[0])]!r}"
+                f"train: training.sample_prompts[{i}] must have 1 to {room} tokens, got {length} in {prompt[:40]!r}"
             )
 
 

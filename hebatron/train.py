@@ -128,9 +128,8 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
     """One optimizer step. Returns its record and the tokens per expert of each MoE layer."""
     config, step = run.config, run.steps[run.step]
     settings, device = config.training, run.model.device
-    lr = learning_rate(
-        run.step, run.total, config.schedule, config.optimizer.learning_rate, phase_starts(run.steps)
-    )
+    peak = config.optimizer.learning_rate
+    lr = learning_rate(run.step, run.total, config.schedule, peak, run.phase_starts)
     set_learning_rate(run.optimizer, lr)
     run.optimizer.zero_grad(set_to_none=True)
 
@@ -211,10 +210,6 @@ def divergence(run: Run, step: Step, nll: float, grad_norm: float) -> str:
         f"{run.step + 1} (phase {step.phase}, rows {step.rows.start}..{step.rows.stop - 1}), bad step number "
         f"{run.bad_in_row} in a row; first parameters hit: {', '.join(bad[:5]) or 'none'}"
     )
-
-
-def phase_starts(steps: list[Step]) -> list[int]:
-    return [i for i, step in enumerate(steps) if i == 0 or steps[i - 1].phase != step.phase]
 
 
 # ---------------------------------------------------------------- evaluation and saving

@@ -15,9 +15,9 @@ from hebatron.model import Hebatron
 from hebatron.optim import learning_rate
 from hebatron.plan import Batch, Plan
 from hebatron.run import Run, open_run
-from hebatron.runconfig import CorpusConfig, ModelSection, RunConfig
+from hebatron.runconfig import CorpusConfig, ModelSection, RunConfig, load_run_config
 from hebatron.tokenizer import load_tokenizer
-from hebatron.train import Diverged, evaluate_held_out, phase_starts, sample, train, train_step
+from hebatron.train import Diverged, evaluate_held_out, sample, train, train_step
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +100,10 @@ def test_train_step_uses_the_schedule_of_its_position(root: Path, tmp_path: Path
     config = toy_config(root, tmp_path)
     toy_train(config)
     run = open_run(config)
-    starts = phase_starts(run.steps)
-    assert starts == [0, 4, 8]
+    assert run.phase_starts == [0, 4, 8]
     rates = [record["lr"] for record in read_metrics(tmp_path) if record["kind"] == "step"]
     peak = config.optimizer.learning_rate
-    assert rates == [learning_rate(step, 12, config.schedule, peak, starts) for step in range(12)]
+    assert rates == [learning_rate(step, 12, config.schedule, peak, run.phase_starts) for step in range(12)]
 
 
 # ---------------------------------------------------------------- learning
@@ -248,6 +247,32 @@ def test_train_leaves_the_callers_random_generator_alone(root: Path, tmp_path: P
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("name", ["three_phases", "continue"])
+def test_example_run_files_train(root: Path, tmp_path: Path, name: str) -> None:
+    """The committed run files, shrunk from the command line to the toy's text, two steps each."""
+    example = Path(__file__).parents[2] / "examples" / f"{name}.toml"
+    config = load_run_config(example)
+    overrides = ["--run-dir", str(tmp_path / "run"), "--data.tokenizer", str(root / "tok")]
+    for i, corpus in enumerate(config.data.corpora):
+        overrides += [f"--data.corpora.{i}.path", str(root / ("en" if corpus.name == "anchor" else "he"))]
+    for i, phase in enumerate(config.phases):
+        overrides += [f"--phases.{i}.tokens", str(4 * phase.seq_len)]
+    overrides += [
+        "--data.held-out-permille",
+        "150",
+        "--data.held-out-tokens",
+        "60",
+        "--training.sample-tokens",
+        "2",
+    ]
+    if name == "continue":
+        base = toy_config(root, tmp_path / "base")
+        overrides += ["--model.path", str(toy_train(replace(base, phases=base.phases[:1])).final)]
+    else:
+        overrides += ["--model.preset", "tiny"]
+    assert toy_train(load_run_config(example, overrides)).finished
+
+
 # ---------------------------------------------------------------- refused
 
 
@@ -265,7 +290,7 @@ def test_train_refuses_held_out_text_that_is_trained_on(root: Path, tmp_path: Pa
     config = toy_config(root, tmp_path)
     data = replace(config.data, held_out_permille=0, held_out=(CorpusConfig("test", root / "he"),))
     with pytest.raises(
-        ValueError, match="held-out 'test' must share no document with the corpora, got 60 of 60"
+        ValueError, match="'test' must share no document with data.corpora, got 60 that are also in 'he'"
     ):
         toy_train(replace(config, data=data))
 
@@ -289,7 +314,12 @@ def test_train_refuses_a_model_that_does_not_fit(root: Path, tmp_path: Path) -> 
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_train_refuses_another_tokenizer_and_a_bad_stop(root: Path, tmp_path: Path) -> None:
+def test_train_refuses_a_prompt_that_cannot_be_continued(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"sample_prompts\[1\] must have 1 to 976 tokens, got 0 in ''"):
+        toy_train(toy_config(root, tmp_path, sample_prompts=("a", "")))
+
+
+def test_train_refuses_no_tokenizer_and_a_bad_stop(root: Path, tmp_path: Path) -> None:
     config = toy_config(root, tmp_path)
     with pytest.raises(ValueError, match="stop_after must be >= 1, got 0"):
         toy_train(config, stop_after=0)
