@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import unicodedata
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,6 +138,11 @@ def load_bars(counts: Sequence[int], width: int = 64) -> str:
     return "".join(BARS[0] if s == 0 else BARS[max(1, min(top, round(s / even * top / 2)))] for s in sums)
 
 
+def printable(text: str) -> str:
+    """Text with control characters made visible: a model's output must not drive the terminal."""
+    return "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf") else "\ufffd" for c in text)
+
+
 def bpb_text(bpb: dict[str, float]) -> str:
     return "  ".join(f"{source} {value:.3f}" for source, value in bpb.items())
 
@@ -183,7 +189,7 @@ class PlainReporter:
         if record["kind"] == "eval":
             self.note(f"step {record['step']}  bits per byte: {bpb_text(record['bpb'])}")
         elif record["kind"] == "sample":
-            self.note(f"step {record['step']}  sample:\n{record['prompt']}{record['text']}")
+            self.note(f"step {record['step']}  sample:\n{printable(record['prompt'] + record['text'])}")
 
 
 class LiveReporter:
@@ -262,11 +268,13 @@ class LiveReporter:
                 load_bars(counts),
                 f"dead {stats['dead']:.0%}",
             )
-        parts: list[RenderableType] = [head, ProgressBar(self.total_steps, last["step"]), body]
+        bar = Table.grid(expand=True)  # a bare bar ends without a line break
+        bar.add_row(ProgressBar(self.total_steps, last["step"]))
+        parts: list[RenderableType] = [head, bar, body]
         if self.sample is not None:  # Hebrew on a line of its own: the terminal orders right-to-left text
             parts += [
                 Text(f"sample at step {self.sample['step']}:"),
-                Text(self.sample["prompt"] + self.sample["text"]),
+                Text(printable(self.sample["prompt"] + self.sample["text"])),
             ]
         return Panel(Group(*parts), title=self.title)
 

@@ -20,6 +20,7 @@ from hebatron.metrics import (
     load_bars,
     make_reporter,
     plot,
+    printable,
     read_metrics,
     router_load,
     sparkline,
@@ -146,8 +147,15 @@ def test_live_reporter_shows_loss_sources_phase_and_expert_loads() -> None:
     for part in ("step 2/4", "base", "ETA 1:15", "640 tok/s", "grad not finite", "5.0000", "bpb he", "2.000"):
         assert part in text
     assert "experts 0" in text and load_bars([3, 1, 0, 4]) in text and "שלום עולם [b]" in text
+    assert [
+        line for line in text.splitlines() if "loss" in line and "━" in line
+    ] == []  # the bar has its own line
     with reporter:
         reporter.note("a note [b]")
+
+
+def test_printable_shows_control_characters_instead_of_sending_them() -> None:
+    assert printable("א\x1b[2J\u202eב\nג") == "א\ufffd[2J\ufffdב\nג"
 
 
 def test_make_reporter_is_plain_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

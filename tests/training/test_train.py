@@ -290,7 +290,7 @@ def test_train_refuses_held_out_text_that_is_trained_on(root: Path, tmp_path: Pa
     config = toy_config(root, tmp_path)
     data = replace(config.data, held_out_permille=0, held_out=(CorpusConfig("test", root / "he"),))
     with pytest.raises(
-        ValueError, match="'test' must share no document with data.corpora, got 60 that are also in 'he'"
+        ValueError, match=r"'test' must share no document with data\.corpora, got 60 that are also in 'he'"
     ):
         toy_train(replace(config, data=data))
 
