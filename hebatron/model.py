@@ -600,6 +600,8 @@ def _enter(
         )
     else:
         _check_ids(c, "input_ids", input_ids)
+        if labels is not None and bool((labels != -100).any()):
+            _check_ids(c, "labels", labels[labels != -100])
 
     kept_T, labels_T = None, None if labels is None else labels.flatten()
     ids_T = input_ids.flatten().long()

@@ -81,7 +81,7 @@ def test_round_trip_is_byte_equal(tmp_path: Path, dtype: torch.dtype, shard_byte
     assert (tmp_path / "a" / INDEX).exists() == (shard_bytes == 60_000)
     if shard_bytes == 60_000:
         shards = [f.stat().st_size for f in (tmp_path / "a").glob("*.safetensors")]
-        assert len(shards) > 2 and max(shards) < 60_000 + 4_000  # tensors, and a header
+        assert len(shards) >= 2 and max(shards) < 60_000 + 4_000  # tensors, and a header
     assert again.compute_dtype == dtype
     ids = random_ids(MIXED, 2, 9)
     with torch.no_grad():
@@ -320,7 +320,7 @@ def test_index_may_name_only_plain_files_of_its_folder(good: Path, name: object)
     index = json.loads((good / INDEX).read_text())
     index["weight_map"][Q] = name
     (good / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="weight_map must name|must be a file"):
+    with pytest.raises(ValueError, match=r"weight_map must name|must be a file"):
         from_pretrained(good)
 
 

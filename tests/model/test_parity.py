@@ -65,9 +65,10 @@ def test_model_matches_transformers(seed: int) -> None:
             assert p.grad is None or not p.grad.any(), name
             continue
         assert p.grad is not None, name
-        # the floor: one head's dt_bias is a sum over all tokens that nearly cancels, and fp32 keeps its rounding
-        scale = max(wanted_grad.abs().max().item(), 5e-2 * largest)
-        assert (p.grad - wanted_grad).abs().max().item() <= 1e-4 * scale, name
+        # 1e-4 of the parameter's gradient. The floor is for sums over all tokens that nearly cancel (one head's D):
+        # there both sides are 1e-4 away from fp64; and for a top-1 router, whose true gradient is 0.
+        allowed = 1e-4 * wanted_grad.abs().max().item() + 1e-5 * largest
+        assert (p.grad - wanted_grad).abs().max().item() <= allowed, name
 
 
 def test_cases_cover_what_they_claim() -> None:
