@@ -8,7 +8,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hebatron.checkpoint import MODEL, OPTIMIZER, checkpoints
 from hebatron.hub import export_hf
-from hebatron.metrics import PlainReporter, read_metrics, without_time
+from hebatron.metrics import Record, read_metrics, without_time
 from hebatron.model import Hebatron
 from hebatron.presets import quickstart_dense
 from hebatron.quickstart.report import ExportCheck, ResumeCheck, SpeedCheck
@@ -29,13 +29,22 @@ from hebatron.train import train
 GREEDY_TOKENS = 24
 
 
-class SilentReporter(PlainReporter):
+class SilentReporter:
     """Shows nothing: the check's runs are not the user's."""
 
-    def __init__(self) -> None:
-        super().__init__(total_steps=0, every=1)
+    def __enter__(self) -> SilentReporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
 
     def note(self, text: str) -> None:
+        return None
+
+    def step(self, record: Record, load: Sequence[Sequence[int]]) -> None:
+        return None
+
+    def event(self, record: Record) -> None:
         return None
 
 

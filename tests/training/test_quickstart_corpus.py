@@ -142,11 +142,18 @@ def test_english_chapters_refuses_another_module(tmp_path: Path) -> None:
 
 
 def test_split_holds_out_every_twentieth_or_the_last() -> None:
-    many = [corpus.Document(str(i), "many", "he") for i in range(40)]
-    few = [corpus.Document(str(i), "few", "he") for i in range(5)]
-    training, held_out = corpus.split(many + few)
-    assert [(d.source, d.text) for d in held_out] == [("many", "19"), ("many", "39"), ("few", "4")]
+    many = [corpus.Document(f"{i}", "many", "he") for i in range(40)]
+    few = [corpus.Document(f"few {i}", "few", "he") for i in range(5)]
+    training, held_out = corpus.split(many + few + few)  # repeats are left out
+    assert [(d.source, d.text) for d in held_out] == [("many", "19"), ("many", "39"), ("few", "few 4")]
     assert len(training) == 42 and not set(training) & set(held_out)
+
+
+def test_pieces_keep_every_byte_and_the_limit() -> None:
+    text = "".join(f"שורה {i}\n" * (i % 3 + 1) for i in range(40)) + "x" * 90 + "\nסוף"
+    cut = list(corpus.pieces(text, 60))
+    assert "".join(cut) == text
+    assert all(len(piece.encode()) <= 60 or piece.count("\n") <= 1 for piece in cut)
 
 
 def test_write_jsonl_round_trips(tmp_path: Path) -> None:

@@ -1,0 +1,275 @@
+"""A miniature of the whole quickstart, stopped and resumed on the way, and its report."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hebatron import cli
+from hebatron.curriculum import Phase
+from hebatron.doctor import Diagnosis, OperatorRow
+from hebatron.metrics import read_metrics
+from hebatron.quickstart import exercises, report, run
+from hebatron.quickstart.corpus import Document
+from hebatron.quickstart.settings import BASE, Settings
+
+MINIATURE = Settings(
+    phases=(
+        Phase(BASE, {"text/english": 1.0, "text/python": 1.0}, tokens=512, seq_len=64),
+        Phase("easy", {"text/exercises": 1.0}, tokens=256, seq_len=64, anchor_share=0.25),
+        Phase("hard", {"text/narrative": 1.0}, tokens=512, seq_len=128, anchor_share=0.25),
+    ),
+    vocab_size=300,
+    tokens_per_batch=128,
+    warmup_steps=2,
+    held_out_tokens=100,
+    prompts=("ויאמר אליו", "כמה ספרים"),
+    sample_tokens=4,
+    resume_rows=2,
+    resume_stop=3,
+    prefill=(1, 32),
+    speed_repeats=1,
+)
+TOTAL_STEPS = 512 // 128 + 256 // 128 + 512 // 128
+
+
+def fixture_text() -> list[Document]:
+    """Forty short documents of four sources."""
+    hebrew = [Document(text, "exercises", "he") for text in exercises.documents(10)]
+    verses = [
+        Document(f"ויאמר אליו {i} דבר אל בני ישראל ואמרת אליהם\n" * 3, "narrative", "he") for i in range(10)
+    ]
+    english = [
+        Document(f"And he said {i} unto him: speak unto them.\n" * 4, "english", "en") for i in range(10)
+    ]
+    code = [Document(f"def f{i}(x):\n    return x + {i}\n" * 4, "python", "code") for i in range(10)]
+    return hebrew + verses + english + code
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A quickstart whose training stopped after five steps and was resumed: its folder and output."""
+    pytest.importorskip("transformers", reason="the quickstart reopens its export with transformers")
+    pytest.importorskip("matplotlib", reason="the quickstart draws its metrics")
+    out = tmp_path_factory.mktemp("quickstart") / "run"
+    options: dict[str, Any] = {"settings": MINIATURE, "documents": fixture_text()}
+    real_train = run.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "train", lambda config, reporter: real_train(config, 5, reporter=reporter))
+        assert run.quickstart(out, **options) == 130
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *args, **_: lines.append(" ".join(map(str, args))))
+        code = run.quickstart(out, resume=True, **options)
+    assert code == 0, "\n".join(lines)
+    return out, "\n".join(lines)
+
+
+def test_quickstart_shows_every_stage_in_order(finished: tuple[Path, str]) -> None:
+    _, text = finished
+    marks = [
+        "agree with their fp64 reference",
+        "bytes per token",
+        "active per token",
+        f"training: {TOTAL_STEPS} steps",
+        "bit-exact: yes",
+        "after the base:",
+        "bits per byte of held-out text",
+        "largest logit difference",
+        "fewer active parameters",
+        "Report: ",
+    ]
+    places = [text.index(mark) for mark in marks]
+    assert places == sorted(places)
+    assert "FAILED" not in text
+
+
+def test_quickstart_resumes_where_training_stopped(finished: tuple[Path, str]) -> None:
+    out, text = finished
+    assert "resuming from step-000005" in text
+    steps = [record["step"] for record in read_metrics(out / "run") if record["kind"] == "step"]
+    assert steps == list(range(1, TOTAL_STEPS + 1))
+
+
+def test_quickstart_writes_its_folder_and_cleans_its_check(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    made = {path.name for path in out.iterdir()}
+    assert made == {
+        *("quickstart.json", "text", "tokenizer", "corpus", "held_out", "run", "hf", "report.html"),
+    }
+
+
+def test_export_speaks_through_the_command_line(
+    finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = finished
+    for model in (out / "hf", out / "run"):
+        assert cli.main(["generate", str(model), "ויאמר", "--max-new-tokens", "3"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.startswith("ויאמר")
+    assert cli.main(["eval", str(out / "hf"), str(out / "held_out"), "--max-tokens", "50"]) == 0
+    assert "narrative" in capsys.readouterr().out
+
+
+def test_export_hf_takes_a_run_at_any_step(
+    finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = finished
+    halfway = tmp_path / "run"  # a run that has no final/ yet
+    shutil.copytree(out / "run", halfway, ignore=shutil.ignore_patterns("final"))
+    assert cli.main(["export", "hf", str(halfway), str(tmp_path / "hf")]) == 0
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (
+        out / "hf" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_report_on_disk_has_the_samples(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    page = (out / "report.html").read_text(encoding="utf-8")
+    check_self_contained(page)
+    for prompt in MINIATURE.prompts:
+        assert page.count(f'<p class="he" dir="rtl" lang="he"><b>{prompt}</b>') == 2
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_folder_is_never_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run.open_folder(None, 0, False, MINIATURE) == Path("runs/quickstart")
+    assert run.open_folder(None, 0, False, MINIATURE) == Path("runs/quickstart-2")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="--out must be a new or empty folder, got mine"):
+        run.open_folder(Path("mine"), 0, False, MINIATURE)
+    with pytest.raises(ValueError, match="--out must hold an earlier quickstart to resume, got mine"):
+        run.open_folder(Path("mine"), 0, True, MINIATURE)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_resume_needs_the_same_settings(tmp_path: Path) -> None:
+    out = run.open_folder(tmp_path / "run", 0, False, MINIATURE)
+    assert run.open_folder(out, 0, True, MINIATURE) == out
+    for seed, settings in ((1, MINIATURE), (0, replace(MINIATURE, vocab_size=301))):
+        with pytest.raises(ValueError, match=r"must be those of .*quickstart\.json to resume"):
+            run.open_folder(out, seed, True, settings)
+
+
+def test_missing_library_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "LIBRARIES", ("no-such-library",))
+    with pytest.raises(
+        ValueError, match="package no-such-library must be installed, got none; run: pip install"
+    ):
+        run.quickstart(tmp_path / "run", settings=MINIATURE)
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- the report
+
+
+class Links(HTMLParser):
+    """Collects what a browser would load or follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.found += [
+            value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")
+        ]
+
+
+def check_self_contained(page: str) -> None:
+    links = Links()
+    links.feed(page)
+    assert all(link.startswith("data:image/png;base64,") for link in links.found)
+    assert not {"script", "link", "iframe"} & set(links.tags)
+    assert "://" not in page and "@import" not in page and "url(" not in page
+    assert re.findall(r"<h2>(.*?)</h2>", page) == list(report.SECTIONS)
+
+
+@pytest.fixture
+def make_findings(tmp_path: Path) -> Callable[..., report.Findings]:
+    figure = tmp_path / "metrics.png"
+    figure.write_bytes(b"\x89PNG")
+    router = {"mean": 8.0, "max_over_ideal": 1.5, "dead": 0.25, "load_entropy": 0.9}
+    step = {"kind": "step", "step": 1, "tokens": 128, "router": [router], "phase": BASE}
+    evaluation = {"kind": "eval", "step": 1, "phase": BASE, "bpb": {}, "router_load": [[3, 0, 5, 8]]}
+
+    def make(**changes: Any) -> report.Findings:
+        values: dict[str, Any] = {
+            "diagnosis": Diagnosis((("machine", "m"), ("python", "3"), ("torch", "t")), (), ()),
+            "command": "hebatron quickstart --out <out>",
+            "seed": 0,
+            "stages": [("training", 60.0), ("export", 30.0)],
+            "vocab_size": 300,
+            "tokenizer": [report.TokenizerRow("Hebrew", 400, 100)],
+            "model_card": "layers 7 <MEM*EME>",
+            "phases": [report.PhaseRow(BASE, "english 1", 1024, 8, 64, 0.0)],
+            "tokens_per_step": 128,
+            "metrics": [step, evaluation],
+            "figure": figure,
+            "resume": report.ResumeCheck(8, 3, "aa", "aa"),
+            "samples": [report.Sample("שאלה", " <b>לפני", " אחרי")],
+            "bpb_before": {"narrative": 3.0, "english": 1.5},
+            "bpb_after": {"narrative": 2.0, "english": 1.75},
+            "languages": {"narrative": "he", "english": "en"},
+            "export": report.ExportCheck(Path("hf"), "5.0", 1e-5, True),
+            "speed": report.SpeedCheck(8, 512, 5, 600, 600, 200, 600, 3000.0, 2000.0),
+        }
+        return report.Findings(**{**values, **changes})
+
+    return make
+
+
+def test_report_is_self_contained_and_complete(make_findings: Callable[..., report.Findings]) -> None:
+    page = report.render(make_findings())
+    check_self_contained(page)
+    assert "+0.250" in page and "-1.000" in page  # forgetting and learning
+    assert "1.50&times;" in page and "3.00&times; fewer active" in page
+    assert "1.5 min" in page and "4.00&times; fewer" in page
+
+
+def test_report_escapes_what_the_model_wrote(make_findings: Callable[..., report.Findings]) -> None:
+    page = report.render(make_findings())
+    assert "&lt;b&gt;לפני" in page and "&lt;MEM*EME&gt;" in page and "--out &lt;out&gt;" in page
+
+
+def test_report_says_no_where_resume_differs(make_findings: Callable[..., report.Findings]) -> None:
+    findings = make_findings(resume=report.ResumeCheck(8, 3, "aa", "bb"))
+    assert '<span class="bad">no</span>' in report.render(findings)
+    assert run.problems(findings) == [
+        "stop and resume must be bit-exact, got other weights, optimizer state or losses"
+    ]
+
+
+@pytest.mark.parametrize("difference", [0.1, float("nan")])
+def test_failed_checks_are_problems(make_findings: Callable[..., report.Findings], difference: float) -> None:
+    broken = Diagnosis((), (OperatorRow("rms_norm", "torch", (), 0.1),), ("rms_norm differs",))
+    export = report.ExportCheck(Path("hf"), "5.0", difference, True)
+    found = run.problems(make_findings(diagnosis=broken, export=export))
+    assert found[0] == "rms_norm differs" and "logits must be within" in found[1]
+    assert run.problems(make_findings()) == []
+
+
+def test_report_without_experts_says_so(make_findings: Callable[..., report.Findings]) -> None:
+    step = {"kind": "step", "step": 1, "tokens": 128, "router": [], "phase": BASE}
+    evaluation = {"kind": "eval", "step": 1, "phase": BASE, "bpb": {}, "router_load": []}
+    assert "No mixture-of-experts layer" in report.render(make_findings(metrics=[step, evaluation]))
+
+
+def test_settings_survive_their_stamp(tmp_path: Path) -> None:
+    out = run.open_folder(tmp_path / "run", 3, False, Settings())
+    stamp = json.loads((out / "quickstart.json").read_text(encoding="utf-8"))
+    assert stamp["seed"] == 3 and len(stamp["settings"]["phases"]) == 4
