@@ -36,9 +36,10 @@ def ssd_update(
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
     # flatten is a view of a projection's slice, and copies what is laid out otherwise
-    rows = {"x": x_QHP.flatten(1), "B": B_QGS.flatten(1), "C": C_QGS.flatten(1)}
-    numbers = {"dt": dt_QH, "A": A_H, "D": D_H, "dt_bias": dt_bias_H}
-    small = {name: None if v is None else v.float().contiguous() for name, v in numbers.items()}
+    x, B, C = x_QHP.flatten(1), B_QGS.flatten(1), C_QGS.flatten(1)
+    dt, A, D, dt_bias = (
+        None if v is None else v.float().contiguous() for v in (dt_QH, A_H, D_H, dt_bias_H)
+    )
     y_QHP = torch.empty(x_QHP.shape, dtype=x_QHP.dtype)
     _native.call(
         "ssd_update",
@@ -51,9 +52,16 @@ def ssd_update(
         dt_max=dt_limit[1],
         dtype=_native.dtype_name(x_QHP),
         state=_native.pointer(state_QHPS),
-        **{name: _native.pointer(value) for name, value in rows.items()},
-        **{f"{name}_stride": value.stride(0) for name, value in rows.items()},
-        **{name: _native.pointer(value) for name, value in small.items()},
+        x=_native.pointer(x),
+        x_stride=x.stride(0),
+        dt=_native.pointer(dt),
+        A=_native.pointer(A),
+        B=_native.pointer(B),
+        B_stride=B.stride(0),
+        C=_native.pointer(C),
+        C_stride=C.stride(0),
+        D=_native.pointer(D),
+        dt_bias=_native.pointer(dt_bias),
         y=_native.pointer(y_QHP),
     )
     return y_QHP
