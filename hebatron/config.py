@@ -52,19 +52,13 @@ FIXED: dict[str, Any] = {
 # back as they came.
 PRESERVED = {
     *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "expand", "mamba_expand"),
-    *(
-        "use_mamba_kernels",
-        "mamba_ssm_cache_dtype",
-        "num_logits_to_keep",
-        "use_cache",
-        "torch_dtype",
-        "dtype",
-    ),
-    *("architectures", "transformers_version", "moe_shared_expert_overlap", "output_router_logits"),
-    *("num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "mtp_layer_types"),
-    *("output_attentions", "output_hidden_states", "return_dict", "problem_type", "id2label", "label2id"),
-    *("chunk_size_feed_forward", "_name_or_path", "router_aux_loss_coef", "sep_token_id", "torchscript"),
-    *("use_mem_eff_path", "time_step_rank", "is_decoder", "tokenizer_class", "decoder_start_token_id"),
+    *("use_mamba_kernels", "mamba_ssm_cache_dtype", "num_logits_to_keep", "use_cache", "torch_dtype"),
+    *("dtype", "architectures", "transformers_version", "moe_shared_expert_overlap"),
+    *("output_router_logits", "num_nextn_predict_layers", "mtp_layers_block_type", "mtp_layer_types"),
+    *("mtp_hybrid_override_pattern", "output_attentions", "output_hidden_states", "return_dict"),
+    *("problem_type", "id2label", "label2id", "chunk_size_feed_forward", "_name_or_path"),
+    *("router_aux_loss_coef", "sep_token_id", "torchscript", "use_mem_eff_path", "time_step_rank"),
+    *("is_decoder", "tokenizer_class", "decoder_start_token_id"),
 }
 
 # Real features of the family that exist in published configs and are refused by name.
@@ -182,9 +176,7 @@ class ModelConfig:
         if model_type != "nemotron_h":
             raise ValueError(f"config: model_type must be 'nemotron_h', got {model_type!r}")
         if values.pop("auto_map", None) is not None:
-            warnings.warn(
-                "config: auto_map is ignored; code that comes with a checkpoint is never run", stacklevel=2
-            )
+            warnings.warn("config: auto_map is ignored; a checkpoint's code is never run", stacklevel=2)
         values["layers_block_type"] = _read_layers(values)
         for alias, name in ALIASES.items():
             if alias in values:
@@ -283,9 +275,8 @@ def _read_layers(values: dict[str, Any]) -> tuple[str, ...]:
         if other != layers:
             raise ValueError(f"config: {name} must agree with {first}, got {other} and {layers}")
     if count is not None and count != len(layers):
-        raise ValueError(
-            f"config: num_hidden_layers must equal the layers of {first} ({len(layers)}), got {count!r}"
-        )
+        rule = f"equal the layers of {first} ({len(layers)})"
+        raise ValueError(f"config: num_hidden_layers must {rule}, got {count!r}")
     return layers
 
 
@@ -366,9 +357,8 @@ def _check_attention(c: ModelConfig) -> None:
     for name in ("num_attention_heads", "num_key_value_heads", "head_dim"):
         _must(getattr(c, name) >= 1, name, "be >= 1", getattr(c, name))
     rule = f"divide num_attention_heads ({c.num_attention_heads})"
-    _must(
-        c.num_attention_heads % c.num_key_value_heads == 0, "num_key_value_heads", rule, c.num_key_value_heads
-    )
+    heads = c.num_key_value_heads
+    _must(c.num_attention_heads % heads == 0, "num_key_value_heads", rule, heads)
 
 
 def _check_mamba(c: ModelConfig) -> None:
@@ -390,12 +380,8 @@ def _check_moe(c: ModelConfig) -> None:
     names = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size")
     for name in (*names, "moe_shared_expert_intermediate_size", "n_group", "topk_group"):
         _must(getattr(c, name) >= 1, name, "be >= 1", getattr(c, name))
-    _must(
-        c.moe_latent_size is None or c.moe_latent_size >= 1,
-        "moe_latent_size",
-        "be None or >= 1",
-        c.moe_latent_size,
-    )
+    latent = c.moe_latent_size
+    _must(latent is None or latent >= 1, "moe_latent_size", "be None or >= 1", latent)
     rule = f"divide n_routed_experts ({c.n_routed_experts})"
     _must(c.n_routed_experts % c.n_group == 0, "n_group", rule, c.n_group)
     per_group = c.n_routed_experts // c.n_group
