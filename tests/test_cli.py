@@ -128,6 +128,33 @@ def test_missing_paths_are_named(
     assert not list(tmp_path.iterdir())
 
 
+def test_train_hands_the_overrides_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hebatron.train
+
+    seen: list[Any] = []
+    monkeypatch.setattr(hebatron.train, "train", seen.append)
+    (tmp_path / "run.toml").write_text(
+        """
+        [model]
+        preset = "tiny"
+        [data]
+        corpora = [{ name = "text", path = "corpus" }]
+        [[phases]]
+        name = "only"
+        sources = { text = 1.0 }
+        tokens = 4096
+        seq_len = 128
+        """
+    )
+    assert cli.main(["train", str(tmp_path / "run.toml"), "--training.seed", "7"]) == 0
+    assert seen[0].training.seed == 7 and seen[0].phases[0].tokens == 4096
+
+
+def test_train_names_a_wrong_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.toml").write_text("[model]\npresets = 'tiny'\n")
+    assert "did you mean 'preset'" in failure(capsys, "train", str(tmp_path / "run.toml"))
+
+
 def test_parsing_imports_nothing_heavy() -> None:
     code = "import sys; from hebatron.cli import build_parser; build_parser(); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

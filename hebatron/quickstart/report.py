@@ -156,7 +156,7 @@ pre, .tile, .sample div { background: var(--card); padding: .7rem .9rem; }
 pre { overflow-x: auto; font-size: .8rem; line-height: 1.45; }
 img { width: 100%; }
 .tiles, .sample { display: grid; gap: .7rem; margin: .9rem 0; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); }
 .sample { grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); }
 .tile b { display: block; font-size: 1.3rem; }
 .tile span { color: var(--soft); font-size: .85rem; }
