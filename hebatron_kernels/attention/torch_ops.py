@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Segments up to this length share a padded call with those of the same power of two. Forward and backward of 4,096
-# tokens, 6 heads of 32 over 2, one loaded core: 960 documents 59 ms, 411 ms one by one; 353: 99 and 169; 203: no
-# difference; one batch padded to the longest of the 203: 516; one masked block per row of 256 tokens: 129 for 84.
+# tokens, 6 heads of 32 over 2, processor time on one core, shared and one by one: 960 documents 30 and 119 ms, 343: 28
+# and 52, 191: 33 and 38; with heads of 64, 173: 57 and 50. Limits of 32 to 256 are alike. Refused, by the clock of a
+# loaded machine: all 203 documents padded to the longest, 516 ms for 84; a mask per row of 256 tokens, 129.
 SHARED_LENGTH_TOKENS = 64
 # Queries of a window or of a chunk with earlier keys go in blocks: a block's mask covers only the keys it can see.
 QUERY_BLOCK_TOKENS = 512
@@ -52,8 +53,8 @@ def attention_prefill(
     if not segments:
         return _zeros(q_THP, k_SHkP, v_SHkP)
 
-    # one permutation before and one after, and split between them: every slice's gradient is a whole tensor
-    # of zeros (353 documents: 640 ms for 169)
+    # one permutation before and one after, and split between them: a slice's gradient is a whole tensor
+    # of zeros (353 documents one by one: 640 ms for 169)
     order_q = _order([(s.begin_q, s.end_q) for s in segments], q_THP)
     order_k = _order([(s.begin_k, s.end_k) for s in segments], k_SHkP)
     tokens_q = [sum(s.end_q - s.begin_q for s in group) for group in groups]
@@ -226,8 +227,8 @@ def _recent(position_q: Tensor, position_k: Tensor, window: int | None) -> Tenso
 def _sdpa_visible(
     q_BHLP: Tensor, k_BHkLP: Tensor, v_BHkLP: Tensor, visible_BLL: Tensor, scale: float | None
 ) -> Tensor:
-    """SDPA under a mask. A query that sees nothing is let see everything and its output set to 0 afterwards: a
-    softmax over nothing is NaN in some of torch's kernels, and its gradient would spread it to the keys."""
+    """SDPA under a mask. A query that sees nothing is let see everything and its output set to 0 afterwards: torch
+    2.13's CPU kernels give 0 by themselves, but a softmax over nothing is NaN by its formula and no torch promises."""
     sees_none_BL1 = ~visible_BLL.any(2, keepdim=True)
     o_BHLP = _sdpa(q_BHLP, k_BHkLP, v_BHkLP, (visible_BLL | sees_none_BL1)[:, None], False, scale)
     return o_BHLP.masked_fill(sees_none_BL1[:, None], 0.0)

@@ -4,8 +4,9 @@ T tokens, D width, V vocabulary entries, C tokens of one chunk.
 
 mean and sum have one upstream number, so their gradients are made in the forward, while a chunk's logits are at
 hand, and only scaled in the backward: three products of size T D V instead of the four of a backward that makes the
-logits again. The price is that a V x D gradient in fp32 lives from the forward to the backward.
-none has an upstream number per token, and recomputes.
+logits again (T 2,048, D 192, V 4,096, fp32, one core: 156 ms against 212, and 186 with all the logits). The price is
+a V x D gradient that lives in fp32 from the forward to the backward. none has an upstream number per token and
+recomputes.
 """
 
 from __future__ import annotations

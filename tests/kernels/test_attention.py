@@ -72,7 +72,7 @@ MASKS = [(True, None), (False, None), (True, 1), (True, 3), (True, 100)]
 PACKS = [
     ([1], None),
     ([0, 5, 1, 0, 7, 6, 12, 3, 2, 0], None),
-    ([5, 1, 0, 7, 13, 3], [9, 4, 3, 7, 30, 3]),
+    ([5, 1, 0, 7, 13, 3, 3], [9, 4, 3, 7, 30, 3, 4]),
     ([5, 4, 3], [2, 0, 1]),
     ([6], [0]),
     ([0], [4]),
@@ -294,8 +294,8 @@ def paged(lengths, block_size=4, heads=4, kv_heads=2, head_dim=8, dtype=torch.fl
     num_blocks = max_blocks * len(lengths) + 2
     cache = torch.full((2, num_blocks, block_size, kv_heads, head_dim), float("nan"), dtype=dtype)
     free = torch.randperm(num_blocks).tolist()
-    table = torch.full((len(lengths), max_blocks), -1, dtype=torch.int32)
-    table[:, -1] = 1000
+    table = torch.full((len(lengths), max_blocks), 1000, dtype=torch.int32)
+    table[:, -1] = -1
     wholes = []
     for n, length in enumerate(lengths):
         whole = torch.randn(2, length + 1, kv_heads, head_dim, dtype=dtype)
