@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_grouped_mm: Any = F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm  # public since torch 2.11
+_grouped_mm: Any = (
+    F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
+)  # where the name is still private
 
 
 def moe_route(
@@ -106,9 +108,13 @@ def _fits(like: Tensor, *sizes: int) -> bool:
     return like.dtype != torch.float64 and all(n % per_16_bytes == 0 for n in sizes)
 
 
+def _dense(b_EKM: Tensor) -> bool:
+    return b_EKM.stride(2) == 1 and b_EKM.stride(1) >= b_EKM.shape[2]
+
+
 def _gemm_impl(a_NK: Tensor, b_EKM: Tensor, offsets_E: Tensor) -> Tensor:
     a_NK = a_NK.contiguous()
-    if 1 not in b_EKM.stride()[1:]:
+    if not (_dense(b_EKM) or _dense(b_EKM.transpose(1, 2))):
         b_EKM = b_EKM.contiguous()
     if _fits(a_NK, *b_EKM.shape[1:], *(s for s in b_EKM.stride() if s != 1)):
         return _grouped_mm(a_NK, b_EKM, offs=offsets_E)
@@ -177,14 +183,14 @@ class _Permute(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_rows_ND: Tensor) -> tuple[Tensor, None, None]:
         (order_N,) = ctx.saved_tensors
-        return _sum_rows(grad_rows_ND.contiguous(), _positions(order_N, ctx.top_k)), None, None
+        return _sum_rows(grad_rows_ND, _positions(order_N, ctx.top_k)), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor) -> Tensor:
         ctx.save_for_backward(rows_ND, order_N, weights_TK)
-        return _sum_rows(rows_ND.contiguous(), _positions(order_N, weights_TK.shape[1]), weights_TK)
+        return _sum_rows(rows_ND, _positions(order_N, weights_TK.shape[1]), weights_TK)
 
     @staticmethod
     @once_differentiable

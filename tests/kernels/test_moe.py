@@ -113,6 +113,15 @@ def test_moe_route_gives_ties_to_the_lowest_index(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_moe_route_of_scores_that_are_all_zero_has_zero_weights(backend):
+    logits = torch.full((2, 6), -200.0, requires_grad=True)
+    weights, ids, _ = hk.moe_route(logits, torch.zeros(6), 3, backend=backend)
+    assert weights.eq(0).all() and ids.tolist() == [[0, 1, 2]] * 2
+    weights.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_moe_route_keeps_the_best_groups_only(backend):
     # sums of the best two: 0.9 + 0.1, 0.6 + 0.6, 0.7 + 0.2; the single best expert sits in a group that is dropped
     scores = torch.tensor([[0.9, 0.1, 0.6, 0.6, 0.7, 0.2]])
@@ -252,6 +261,9 @@ def test_moe_combine_undoes_moe_permute():
     weights = weights / weights.sum(1, keepdim=True)
     rows, order, _ = hk.moe_permute(testing.strided(x), ids, 6)
     torch.testing.assert_close(hk.moe_combine(testing.strided(rows), order, weights, 30), x)
+    x.requires_grad_()
+    hk.moe_permute(x, ids, 6)[0].sum().backward()  # a gradient of stride 0
+    assert x.grad.eq(3).all()
 
 
 # experts, width, outputs, offsets, rows: ragged; empty first, middle and last; all to one; none at all; rows past
@@ -314,16 +326,20 @@ def test_grouped_gemm_takes_any_strides_and_an_expanded_gradient(dtype):
     views = [
         (testing.strided(a), testing.strided(b)),
         (a.t().contiguous().t(), b.permute(2, 0, 1).contiguous().permute(1, 2, 0)),
-        (a[::2].repeat_interleave(2, 0)[:14] * 0 + a, stored.transpose(1, 2)),
+        (testing.strided(a.t().contiguous()).t(), b.repeat_interleave(8, 2)[..., ::8]),
     ]
     for left, right in views:
         got = testing.run(hk.grouped_gemm, [left, right, ends], backend="torch")
         for name in want:
             torch.testing.assert_close(got[name], want[name])
+    spread = hk.grouped_gemm(a, b[:, :1].expand(4, 16, 24), ends)
+    torch.testing.assert_close(spread, hk.grouped_gemm(a, b[:, :1].repeat(1, 16, 1), ends))
     a.requires_grad_(), stored.requires_grad_()
     hk.grouped_gemm(a, stored.transpose(1, 2), ends).sum().backward()
     torch.testing.assert_close(a.grad[0], stored[0].sum(0).detach())
-    assert stored.grad.is_contiguous()
+    view = stored.detach().transpose(1, 2).requires_grad_()
+    (grad,) = torch.autograd.grad(hk.grouped_gemm(a, view, ends).sum(), view)
+    assert grad.stride() == view.stride()  # no copy on its way to the stored weights
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
