@@ -365,9 +365,8 @@ class Hebatron(nn.Module):
         self.config = config
         self._compute_dtype = compute_dtype
         self.activation_checkpointing = False
-        self.stored_dtypes: dict[
-            str, torch.dtype
-        ] = {}  # of fp32-kept tensors that a checkpoint held in another dtype
+        # of tensors that stay fp32 in memory and came from a checkpoint in another dtype
+        self.stored_dtypes: dict[str, torch.dtype] = {}
         with torch.device(device if device is not None else torch.get_default_device()):
             self.backbone = Backbone(config)
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
@@ -527,7 +526,6 @@ class Hebatron(nn.Module):
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """See `hebatron.generate.generate`."""
-
         return generate(self, input_ids, attention_mask, **options)
 
     @staticmethod
