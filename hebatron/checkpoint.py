@@ -77,14 +77,16 @@ def save_checkpoint(
     return final
 
 
-def remove_old(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints (0 keeps every one)."""
-    if keep_last > 0:
-        for folder in checkpoints(root)[keep_last:]:
-            # Renamed first: a half-deleted folder must not look like a damaged checkpoint.
-            doomed = folder.with_name(f"{_TMP_PREFIX}old-{folder.name}")
-            os.rename(folder, doomed)
-            shutil.rmtree(doomed)
+def remove_old(root: Path, step: int, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints up to `step`.
+
+    A later one was damaged, or the run would have gone on from it: it must not push out those that are intact.
+    """
+    for folder in [folder for folder in checkpoints(root) if step_of(folder) <= step][keep_last:]:
+        # Renamed first: a half-deleted folder must not look like a damaged checkpoint.
+        doomed = folder.with_name(f"{_TMP_PREFIX}old-{folder.name}")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
 
 
 def remove_stale(root: Path) -> None:
@@ -136,8 +138,14 @@ def checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders under `root`, newest first; nothing is opened."""
     if not root.is_dir():
         return []
-    found = [(int(match[1]), path) for path in root.iterdir() if (match := _STEP_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(
+        (path for path in root.iterdir() if _STEP_NAME.fullmatch(path.name)), key=step_of, reverse=True
+    )
+
+
+def step_of(folder: Path) -> int:
+    """The step a checkpoint folder's name states."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def newest_valid(root: Path) -> tuple[Path | None, list[str]]:

@@ -37,10 +37,11 @@ class MetricsWriter:
     """Append-only writer. Opening at `step` cuts off every later record and a half-written last line."""
 
     def __init__(self, path: Path, step: int) -> None:
-        lines = _lines_up_to(path, step) if path.exists() else []
+        kept = [entry for entry in _records(path) if entry[1]["step"] <= step] if path.exists() else []
+        self.last_step: int = kept[-1][1]["step"] if kept else 0
         tmp = path.with_name(f".tmp-{path.name}")
         with tmp.open("wb") as file:
-            file.writelines(lines)
+            file.writelines(line for line, _ in kept)
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
@@ -89,10 +90,6 @@ def _records(path: Path) -> list[tuple[bytes, Record]]:
             )
         records.append((line, record))
     return records
-
-
-def _lines_up_to(path: Path, step: int) -> list[bytes]:
-    return [line for line, record in _records(path) if record["step"] <= step]
 
 
 # ---------------------------------------------------------------- router

@@ -72,15 +72,18 @@ def train(
         raise ValueError(f"train: stop_after must be >= 1, got {stop_after}")
     check_run_config(config)
     with run_lock(config.run_dir), stop_on_signals() as stopping, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(
-            config.training.seed
-        )  # nothing draws from it today; what will, is in the checkpoint
+        # Nothing draws from the global generator today; what will one day is in the checkpoint already.
+        torch.manual_seed(config.training.seed)
         run = open_run(config)
         notices = resume(run, force)
         write_config(config)
         if reporter is None:
             reporter = make_reporter(run.total, config.training.log_every, f"hebatron train {config.run_dir}")
         with reporter, MetricsWriter(config.run_dir / METRICS, run.step) as metrics:
+            if metrics.last_step < run.step:
+                notices.append(
+                    f"{METRICS} ends at step {metrics.last_step}: the steps after it are not in it"
+                )
             for notice in [describe(config), headline(run), *notices]:
                 reporter.note(notice)
             began_at = run.step
@@ -280,7 +283,7 @@ def save(run: Run, metrics: MetricsWriter) -> None:
         "config": to_table(run.config, hashed_only=True),
     }
     save_checkpoint(run.checkpoints, run.step, run.model, run.optimizer, state)
-    remove_old(run.checkpoints, run.config.training.keep_last)
+    remove_old(run.checkpoints, run.step, run.config.training.keep_last)
 
 
 def finish(run: Run, trained: bool) -> Path:

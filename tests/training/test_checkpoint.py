@@ -97,9 +97,11 @@ def test_save_checkpoint_keeps_an_intact_one_and_replaces_a_damaged_one(tmp_path
 def test_remove_old_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         saved(tmp_path, step)
-    remove_old(tmp_path, 2)
+    remove_old(tmp_path, 10, 2)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000010", "step-000003"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000010"]
+    remove_old(tmp_path, 3, 1)  # back at step 3, because step 10 is damaged: 3 is all there is
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-000010", "step-000003"]
 
 
 # ---------------------------------------------------------------- damage
@@ -301,7 +303,7 @@ def test_save_checkpoint_leaves_old_or_new_state_at_every_call_it_dies_in(
                 patch.setattr(owner, attribute, dying(getattr(owner, attribute)))
             try:
                 saved(root, 2)
-                remove_old(root, 1)
+                remove_old(root, 2, 1)
             except Died:
                 deaths += 1
             else:
@@ -338,7 +340,7 @@ def save_forever(root: Path, ready: Connection) -> None:
     while True:
         step += 1
         save_checkpoint(root, step, model, optimizer, {})
-        remove_old(root, 2)
+        remove_old(root, step, 2)
 
 
 def test_kill_during_a_save_loop_always_leaves_progress(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from toy import Silent, checkpoint_bits, toy_config, toy_train, write_corpora
 
-from hebatron.checkpoint import checkpoints
+from hebatron.checkpoint import checkpoints, step_of
 from hebatron.curriculum import Phase
 from hebatron.metrics import read_metrics, without_time
 from hebatron.runconfig import RunConfig
@@ -82,6 +82,16 @@ def test_resume_goes_back_over_a_damaged_checkpoint_and_its_metrics(
     assert_same_run(tmp_path, whole[1])
 
 
+def test_resume_says_when_metrics_are_missing(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    config = toy_config(whole[0], tmp_path)
+    toy_train(config, stop_after=4)
+    (tmp_path / "metrics.jsonl").unlink()
+    reporter = Silent()
+    train(config, stop_after=5, reporter=reporter)
+    assert "metrics.jsonl ends at step 0: the steps after it are not in it" in reporter.notes
+    assert checkpoints(tmp_path / "checkpoints")[0].name == "step-000005"
+
+
 # ---------------------------------------------------------------- signals and kills
 
 
@@ -129,13 +139,13 @@ def test_kill_at_any_moment_still_ends_with_the_same_bits(whole: tuple[Path, Pat
         deadline = time.monotonic() + 60
         while child.is_alive() and time.monotonic() < deadline:
             found = checkpoints(tmp_path / "checkpoints")
-            if found and int(found[0].name[5:]) >= reached + 3:
+            if found and step_of(found[0]) >= reached + 3:
                 break
             time.sleep(0.001)
         time.sleep(0.004 * (kills % 5))  # into the forward, the backward, the next save
         child.kill()
         child.join()
-        now = int(checkpoints(tmp_path / "checkpoints")[0].name[5:])
+        now = step_of(checkpoints(tmp_path / "checkpoints")[0])
         assert now > reached, "a restart after a kill made no progress"
         kills, reached = kills + 1, now
     assert kills >= 2
