@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,8 +17,8 @@ __all__ = ["grouped_gemm", "moe_combine", "moe_mlp", "moe_permute", "moe_route"]
 _IDS = (torch.int64, torch.int32)
 
 
-def _operator(name: str, arguments: str, returns: str, fake: object) -> Operator:
-    return Operator(name, arguments, returns, {"torch": torch_ops, "reference": reference}, fake)  # type: ignore[arg-type]
+def _operator(name: str, arguments: str, returns: str, fake: Callable[..., Any]) -> Operator:
+    return Operator(name, arguments, returns, {"torch": torch_ops, "reference": reference}, fake)
 
 
 def _fake_route(logits: Tensor, bias: Tensor, top_k: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,7 +253,6 @@ def moe_combine(
         DeepSeek-V3, arXiv 2412.19437, eq. 12.
     """
     op = "moe_combine"
-    check.tensor(op, "rows_ND", rows_ND, None, None)
     check.tensor(op, "weights_TK", weights_TK, num_tokens, None)
     if weights_TK.shape[1] == 0:
         check.refuse(op, "weights_TK", "have at least one expert per token", check.describe(weights_TK))
