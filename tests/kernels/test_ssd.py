@@ -87,6 +87,17 @@ def test_ssd_scan_keeps_small_decays_after_a_large_step():
     assert_close({n: got[n] for n in ("out0", "grad1")}, {n: want[n] for n in ("out0", "grad1")}, 1e-6)
 
 
+def test_ssd_scan_keeps_the_tails_of_softplus_and_decay():
+    """e^-22: what softplus adds to 22, and what a step of 22 leaves of a state of 1e9."""
+    args = make(40, bias=False)
+    args[1][::3], args[9] = 22.0, 1e9 * args[9]
+    args[2].fill_(-1.0)
+    want = testing.run(hk.ssd_scan, args, backend="reference")
+    got = testing.run(hk.ssd_scan, args, backend="torch")
+    assert_close({"y": got["out0"]}, {"y": want["out0"]}, 1e-14)
+    torch.testing.assert_close(got["out1"], want["out1"], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize(
     ("dt", "A"), [(1e4, -1e4), (-1e4, -1e4), (1e4, -1e-30), (-60.0, -1.0), (3e38, -3e38)]
