@@ -293,8 +293,8 @@ def make_reporter(total_steps: int, every: int, title: str) -> Reporter:
 def plot(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Draw metrics.jsonl of a run as one PNG (default: run_dir/metrics.png) and return its path.
 
-    Four panels over steps, with phase bands: training loss, bits per byte by source, learning rate, router
-    entropy and largest load by layer.
+    Four panels over steps, with phase bands: training loss, bits per byte by source, learning rate, and by MoE
+    layer the entropy of the experts' load.
     """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display, 0.4 s only when used
 
