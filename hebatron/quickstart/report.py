@@ -151,6 +151,7 @@ th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px 
 td { border-bottom: 1px solid var(--line); }
 th, td { padding: .38rem .9rem .38rem 0; vertical-align: top; }
 .n { text-align: right; white-space: nowrap; }
+td:has(.bar) { min-width: 9rem; }
 pre, img, .tile, .sample div { border: 1px solid var(--line); border-radius: 8px; }
 pre, .tile, .sample div { background: var(--card); padding: .7rem .9rem; }
 pre { overflow-x: auto; font-size: .8rem; line-height: 1.45; }
@@ -167,8 +168,7 @@ b .good, b .bad, .good, .bad { font-weight: 600; font-size: inherit; }
 .tile b span { display: inline; }
 .good, .tile .good { color: var(--good); }
 .bad, .tile .bad { color: var(--bad); }
-.bar { display: inline-block; height: .62rem; border-radius: 2px; vertical-align: middle;
-       background: var(--mark); }
+.bar { display: block; height: .5rem; margin: .2rem 0; border-radius: 2px; background: var(--mark); }
 .bar.old { background: var(--old); }
 .load { display: flex; align-items: flex-end; gap: 3px; height: 3.4rem; }
 .load i { flex: 1; max-width: 1.6rem; min-height: 1px; border-radius: 2px 2px 0 0; background: var(--mark); }
@@ -236,7 +236,7 @@ def _head(f: Findings) -> str:
         _tile(_yes_no(f.resume.bit_exact), "stop and resume bit-exact"),
         _tile(f"{f.export.max_logit_difference:.1e}", "largest logit difference to transformers"),
         _tile(f"{f.speed.speed_ratio:.2f}&times;", "speed of a dense model of the same total size"),
-        _tile(f"{seconds / 60:.1f} min", f"in all, {f.diagnosis.facts[2][1]}"),
+        _tile(f"{seconds / 60:.1f} min", "in all on this machine"),
     )
     intro = (
         "A base on English and code, then three Hebrew phases from easy to hard with English and code "
@@ -274,24 +274,26 @@ def _training(f: Findings) -> str:
 
 
 def _bits_per_byte(f: Findings) -> str:
+    ends = {record["phase"]: record["bpb"] for record in f.metrics if record["kind"] == "eval"}
     top = max([*f.bpb_before.values(), *f.bpb_after.values()], default=1.0)
     rows = []
     for source, after in f.bpb_after.items():
         before = f.bpb_before[source]
         change = after - before
-        bars = "<br>".join(
-            f'<span class="bar{old}" style="width:{9 * value / top:.2f}rem"></span>'
+        bars = "".join(
+            f'<span class="bar{old}" style="width:{100 * value / top:.1f}%"></span>'
             for value, old in ((before, " old"), (after, ""))
         )
-        verdict = "bad" if change > 0 else "good"
-        row = (escape(source), f.languages[source], f"{before:.3f}", f"{after:.3f}")
-        rows.append((*row, f'<span class="{verdict}">{change:+.3f}</span>', bars))
+        by_phase = [f"{bpb[source]:.3f}" if source in bpb else "" for bpb in ends.values()]
+        verdict = f'<span class="{"bad" if change > 0 else "good"}">{change:+.3f}</span>'
+        rows.append((escape(source), f.languages[source], *by_phase, verdict, bars))
     note = (
-        "Held-out documents, after the base and after the last Hebrew phase; smaller is better, and a rise "
-        "in English or code is what the Hebrew phases made it forget."
+        "Held-out documents at the end of each phase; smaller is better. A rise in English or code is what "
+        "the Hebrew phases made it forget. Bars: after the base and at the end."
     )
-    head = ("source", "language", "after the base", "at the end", "change", "")
-    return f'<p class="soft">{note}</p>{_table(head, rows, (2, 3, 4))}'
+    head = ("source", "language", *(f"after {phase}" for phase in ends), "change", "")
+    numeric = range(2, 3 + len(ends))
+    return f'<p class="soft">{note}</p>{_table(head, rows, numeric)}'
 
 
 def _sample(sample: Sample) -> str:

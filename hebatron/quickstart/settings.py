@@ -59,8 +59,8 @@ class Settings:
     held_out_tokens: int = 4_000  # a source and evaluation
     prompts: tuple[str, ...] = PROMPTS
     sample_tokens: int = 48
-    resume_rows: int = 4  # rows of each phase in the stop-and-resume check
-    resume_stop: int = 3  # the step after which that check stops, in the middle of a phase
+    resume_rows: int = 6  # rows of each phase in the stop-and-resume check: at least one a source
+    resume_stop: int = 5  # the step after which that check stops, in the middle of a phase
     prefill: tuple[int, int] = (8, 512)  # batch and length of the speed comparison
     speed_repeats: int = 5
 

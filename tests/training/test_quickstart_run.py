@@ -205,7 +205,13 @@ def make_findings(tmp_path: Path) -> Callable[..., report.Findings]:
     figure.write_bytes(b"\x89PNG")
     router = {"mean": 8.0, "max_over_ideal": 1.5, "dead": 0.25, "load_entropy": 0.9}
     step = {"kind": "step", "step": 1, "tokens": 128, "router": [router], "phase": BASE}
-    evaluation = {"kind": "eval", "step": 1, "phase": BASE, "bpb": {}, "router_load": [[3, 0, 5, 8]]}
+    evaluation = {
+        "kind": "eval",
+        "step": 1,
+        "phase": BASE,
+        "bpb": {"narrative": 2.5},
+        "router_load": [[3, 0, 5, 8]],
+    }
 
     def make(**changes: Any) -> report.Findings:
         values: dict[str, Any] = {
@@ -237,6 +243,7 @@ def test_report_is_self_contained_and_complete(make_findings: Callable[..., repo
     page = report.render(make_findings())
     check_self_contained(page)
     assert "+0.250" in page and "-1.000" in page  # forgetting and learning
+    assert "<th class=n>after base</th>" in page and "2.500" in page
     assert "1.50&times;" in page and "3.00&times; fewer active" in page
     assert "1.5 min" in page and "4.00&times; fewer" in page
 
