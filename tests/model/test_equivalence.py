@@ -241,7 +241,8 @@ def test_packed_gradients_match_separate_documents() -> None:
 
 
 def test_a_poisoned_document_stays_alone() -> None:
-    """A document whose tokens give NaN leaves the others' bits as they were."""
+    """A document whose tokens give NaN leaves the others as they were, up to the rounding of the experts' products:
+    the torch form's depends on how many rows an expert gets, and NaN tokens choose other experts."""
     model = make_model(MODELS["deep"], seed=5)
     with torch.no_grad():
         ids, ends = packed([torch.arange(1, n + 1) for n in LENGTHS], [0, 1, 2, 3])
@@ -252,4 +253,4 @@ def test_a_poisoned_document_stays_alone() -> None:
     others = torch.ones(len(ids), dtype=torch.bool)
     others[ends[1] : ends[2]] = False
     assert torch.isnan(after[~others]).all()
-    assert torch.equal(after[others], before[others])
+    assert relative(after[others], before[others]) <= 1e-6
