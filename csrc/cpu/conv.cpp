@@ -147,13 +147,15 @@ static void update(const ConvUpdateArgs& a, const Exec& exec) {
     for_lanes(a.channels, [&](int64_t c, int n) {
       T* state = (T*)a.state + (q * a.channels + c) * history;
       T inputs[kMaxTaps][kLanes] = {};
+      float weights[kMaxTaps][kLanes] = {};
       for (int lane = 0; lane < n; lane++) {
+        for (int64_t w = 0; w < a.taps; w++) weights[w][lane] = a.weight[(c + lane) * a.taps + w];
         for (int64_t w = 0; w < history; w++) inputs[w][lane] = state[lane * history + w];
         inputs[history][lane] = x[c + lane];
         for (int64_t w = 0; w < history; w++) state[lane * history + w] = inputs[w + 1][lane];
       }
-      Vec total = load(inputs[0]) * load_lanes(a.weight + c, n);
-      for (int64_t w = 1; w < a.taps; w++) total = fma(load(inputs[w]), load_lanes(a.weight + w * a.channels + c, n), total);
+      Vec total = load(inputs[0]) * load(weights[0]);
+      for (int64_t w = 1; w < a.taps; w++) total = fma(load(inputs[w]), load(weights[w]), total);
       if (a.bias) total = total + load_lanes(a.bias + c, n);
       store_lanes((T*)a.y + q * a.channels + c, a.silu ? silu(total) : total, n);
     });

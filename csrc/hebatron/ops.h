@@ -66,7 +66,7 @@ struct ConvUpdateArgs {
   const void* x;
   int64_t x_stride;
   void* state;
-  const float* weight;  // taps, channels
+  const float* weight;  // channels, taps
   const float* bias;    // channels, or null
   void* y;              // sequences, channels
 };

@@ -131,7 +131,7 @@ def causal_conv1d_update(
     bias_C: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    weight_WC = weight_CW.t().float().contiguous()
+    weight = weight_CW.float().contiguous()
     bias = None if bias_C is None else bias_C.float().contiguous()
     y_QC = torch.empty(x_QC.shape, dtype=x_QC.dtype)
     _native.call(
@@ -144,7 +144,7 @@ def causal_conv1d_update(
         x=_native.pointer(x_QC),
         x_stride=x_QC.stride(0),
         state=_native.pointer(conv_state_QCK),
-        weight=_native.pointer(weight_WC),
+        weight=_native.pointer(weight),
         bias=_native.pointer(bias),
         y=_native.pointer(y_QC),
     )

@@ -37,8 +37,7 @@ def causal_conv1d(
     past_row_QK = (cu_seqlens[:-1] + past * sequence_Q)[:, None] + offset_K
     last_row_QK = (cu_seqlens[1:] + past * sequence_Q)[:, None] + offset_K
     inputs = x_TC.new_zeros(tokens + past * sequences, channels)
-    inputs = inputs.index_copy(0, past_row_QK.flatten(), past_QKC.flatten(0, 1))
-    inputs = inputs.index_copy(0, row_T + past, x_TC)
+    inputs.index_copy_(0, past_row_QK.flatten(), past_QKC.flatten(0, 1)).index_copy_(0, row_T + past, x_TC)
     # rows that mix two sequences are dropped before the activation: its gradient there could be 0 times NaN
     y_TC = _activate(_weigh(inputs, weight_CW).index_select(0, row_T), bias_C, activation)
     final_QKC = inputs.index_select(0, last_row_QK.flatten()).view(sequences, past, channels)

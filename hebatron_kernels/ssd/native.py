@@ -37,9 +37,7 @@ def ssd_update(
 ) -> Tensor:
     # flatten is a view of a projection's slice, and copies what is laid out otherwise
     x, B, C = x_QHP.flatten(1), B_QGS.flatten(1), C_QGS.flatten(1)
-    dt, A, D, dt_bias = (
-        None if v is None else v.float().contiguous() for v in (dt_QH, A_H, D_H, dt_bias_H)
-    )
+    dt, A, D, dt_bias = (None if v is None else v.float().contiguous() for v in (dt_QH, A_H, D_H, dt_bias_H))
     y_QHP = torch.empty(x_QHP.shape, dtype=x_QHP.dtype)
     _native.call(
         "ssd_update",

@@ -51,10 +51,10 @@ def ssd_scan(
     decay_NH = log_NHL[..., -1].exp().to(dtype)
     added_NHPS = _states_added(x_NLHP, dt_NLH, log_NHL, B_NGLS)
     entering_NHPS = chunks.entering_states(added_NHPS, decay_NH, initial_state)
-    y_NHLP = _inside_chunks(x_NLHP, dt_NLH, log_NHL, B_NGLS, C_NGLS)
-    y_NHLP = y_NHLP + _from_states(entering_NHPS, log_NHL, C_NGLS)
+    y_NLHP = _from_states(entering_NHPS, log_NHL, C_NGLS)
+    y_NLHP = y_NLHP + _inside_chunks(x_NLHP, dt_NLH, log_NHL, B_NGLS, C_NGLS)
 
-    y_THP = chunks.unpack(y_NHLP.transpose(1, 2))
+    y_THP = chunks.unpack(y_NLHP)
     if D_H is not None:
         y_THP = torch.addcmul(y_THP, wide_THP, D_H.to(dtype)[:, None])
     return y_THP.to(x_THP.dtype), chunks.final_states(entering_NHPS, added_NHPS, decay_NH, initial_state)
@@ -127,7 +127,7 @@ class _Chunks:
         """(T, ...) to (N, L, ...), with zeros in the rows that hold no token."""
         rows = self.count * self.length
         if self.slot_T is not None:
-            value_T = value_T.new_zeros(rows, *value_T.shape[1:]).index_copy(0, self.slot_T, value_T)
+            value_T = value_T.new_zeros(rows, *value_T.shape[1:]).index_copy_(0, self.slot_T, value_T)
         elif rows != self.tokens:
             value_T = torch.cat([value_T, value_T.new_zeros(rows - self.tokens, *value_T.shape[1:])])
         return value_T.unflatten(0, (self.count, self.length))
@@ -175,7 +175,7 @@ def _inside_chunks(x_NLHP: Tensor, dt_NLH: Tensor, log_NHL: Tensor, B_NGLS: Tens
     scores_NGLL = C_NGLS @ B_NGLS.transpose(2, 3)
     weights_NGRLL = decay_NHLL.unflatten(1, (groups, heads // groups)) * scores_NGLL[:, :, None]
     steps_NHLP = (x_NLHP * dt_NLH[..., None]).transpose(1, 2)
-    return weights_NGRLL.flatten(1, 2) @ steps_NHLP
+    return (weights_NGRLL.flatten(1, 2) @ steps_NHLP).transpose(1, 2)
 
 
 def _states_added(x_NLHP: Tensor, dt_NLH: Tensor, log_NHL: Tensor, B_NGLS: Tensor) -> Tensor:
@@ -191,8 +191,8 @@ def _from_states(entering_NHPS: Tensor, log_NHL: Tensor, C_NGLS: Tensor) -> Tens
     count, heads, head_dim, state = entering_NHPS.shape
     groups = C_NGLS.shape[1]
     read = C_NGLS @ entering_NHPS.view(count, groups, -1, state).transpose(2, 3)  # N, G, L, R P
-    read_NHLP = read.unflatten(3, (heads // groups, head_dim)).transpose(2, 3).flatten(1, 2)
-    return read_NHLP * log_NHL.exp().to(read.dtype)[..., None]
+    read_NLHP = read.unflatten(3, (heads // groups, head_dim)).transpose(1, 2).flatten(2, 3)
+    return read_NLHP * log_NHL.exp().to(read.dtype).transpose(1, 2)[..., None]
 
 
 @torch.library.custom_op("hebatron::_carry_states", mutates_args=())
@@ -204,14 +204,13 @@ def _carry_states(added: Tensor, decay: Tensor, starts: Tensor | None, first: Te
     """
     entering = torch.empty_like(added)
     zero = added.new_zeros(())
-    state = torch.zeros_like(added[0]) if starts is None else starts[0]
     factor = decay[..., None, None]
-    for n in range(added.shape[0]):
-        if n:
-            state = torch.addcmul(added[n - 1], factor[n - 1], state)
-            if first is not None:
-                state = torch.where(first[n], zero if starts is None else starts[n], state)
-        entering[n] = state
+    entering[0] = zero if starts is None else starts[0]
+    for n in range(1, added.shape[0]):
+        torch.addcmul(added[n - 1], factor[n - 1], entering[n - 1], out=entering[n])
+        if first is not None:
+            start = zero if starts is None else starts[n]
+            torch.where(first[n], start, entering[n], out=entering[n])
     return entering
 
 

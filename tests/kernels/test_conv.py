@@ -204,7 +204,7 @@ def test_causal_conv1d_gradcheck(backend, ends):
     )
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMS[:2])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_causal_conv1d_registration_and_fullgraph(backend, form):
     args = single(make(11, 6, 4, [0, 2, 11], *form))
