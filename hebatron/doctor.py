@@ -142,7 +142,7 @@ def _version(distribution: str) -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "not installed (only `export hf` checks and the quickstart need it)"
+        return "not installed; the quickstart needs it"
 
 
 def small_cases() -> dict[str, Callable[[], dict[str, Any]]]:

@@ -21,7 +21,7 @@ from hebatron.hub import export_hf
 from hebatron.metrics import Record, read_metrics, without_time
 from hebatron.model import Hebatron
 from hebatron.presets import quickstart_dense
-from hebatron.quickstart.report import ExportCheck, ResumeCheck, SpeedCheck
+from hebatron.quickstart.findings import ExportCheck, ResumeCheck, SpeedCheck
 from hebatron.quickstart.settings import Settings, resume_config
 from hebatron.sizes import count_parameters
 from hebatron.train import train

@@ -7,118 +7,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
-from hebatron.doctor import Diagnosis
 from hebatron.metrics import Record
-
-
-@dataclass(frozen=True)
-class TokenizerRow:
-    """How one language's held-out text is cut: UTF-8 bytes and tokens."""
-
-    name: str
-    num_bytes: int
-    num_tokens: int
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.num_bytes / self.num_tokens
-
-
-@dataclass(frozen=True)
-class PhaseRow:
-    """One phase of the curriculum as it was planned."""
-
-    name: str
-    sources: str
-    tokens: int
-    steps: int
-    seq_len: int
-    anchor_share: float
-
-
-@dataclass(frozen=True)
-class ResumeCheck:
-    """A segment run through against the same segment stopped and resumed: sha256 of weights and optimizer."""
-
-    steps: int
-    stopped_at: int
-    digest_through: str
-    digest_resumed: str
-
-    @property
-    def bit_exact(self) -> bool:
-        return self.digest_through == self.digest_resumed
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the model wrote after one prompt, after the base and at the end."""
-
-    prompt: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class ExportCheck:
-    """The exported folder opened by unpatched transformers: logits and greedy text against ours."""
-
-    folder: Path
-    transformers_version: str
-    max_logit_difference: float
-    same_greedy_text: bool
-
-
-@dataclass(frozen=True)
-class SpeedCheck:
-    """Prefill of one batch through both models: medians of interleaved runs, and the sizes."""
-
-    batch: int
-    length: int
-    repeats: int
-    total_moe: int
-    total_dense: int
-    active_moe: int
-    active_dense: int
-    tokens_per_s_moe: float
-    tokens_per_s_dense: float
-
-    @property
-    def speed_ratio(self) -> float:
-        return self.tokens_per_s_moe / self.tokens_per_s_dense
-
-    @property
-    def size_ratio(self) -> float:
-        return self.active_dense / self.active_moe
-
-
-@dataclass(frozen=True)
-class Findings:
-    """Everything the report shows."""
-
-    diagnosis: Diagnosis
-    command: str
-    seed: int
-    stages: Sequence[tuple[str, float]]  # name, seconds
-    vocab_size: int
-    tokenizer: Sequence[TokenizerRow]
-    model_card: str
-    phases: Sequence[PhaseRow]
-    tokens_per_step: int
-    metrics: Sequence[Record]
-    figure: Path  # the PNG of hebatron.metrics.plot
-    resume: ResumeCheck
-    samples: Sequence[Sample]
-    bpb_before: dict[str, float]
-    bpb_after: dict[str, float]
-    languages: dict[str, str]  # source -> he, en or code
-    export: ExportCheck
-    speed: SpeedCheck
-
+from hebatron.quickstart.findings import ExportCheck, Findings, Measured, ResumeCheck, Sample, SpeedCheck
 
 SECTIONS = (
     "Curriculum",
@@ -180,12 +72,12 @@ def render(findings: Findings) -> str:
     bodies = (
         _curriculum(findings),
         _training(findings),
-        _bits_per_byte(findings),
-        "".join(_sample(sample) for sample in findings.samples),
-        _resume(findings.resume),
-        _export(findings.export),
-        _speed(findings.speed),
-        _router(findings.metrics),
+        _bits_per_byte(findings.measured),
+        "".join(_sample(sample) for sample in findings.measured.samples),
+        _resume(findings.measured.resume),
+        _export(findings.measured.export),
+        _speed(findings.measured.speed),
+        _router(findings.measured.metrics),
         _tokenizer(findings),
         f"<pre>{escape(findings.model_card)}</pre>",
         f"<pre>{escape(findings.diagnosis.text())}</pre>",
@@ -225,17 +117,18 @@ def _yes_no(value: bool) -> str:
 
 
 def _head(f: Findings) -> str:
-    steps = [record for record in f.metrics if record["kind"] == "step"]
+    m = f.measured
+    steps = [record for record in m.metrics if record["kind"] == "step"]
     tokens = sum(record["tokens"] for record in steps)
     seconds = sum(seconds for _, seconds in f.stages)
-    hebrew = [s for s in f.bpb_after if f.languages[s] == "he" and s in f.bpb_before]
-    before, after = (_mean([bpb[s] for s in hebrew]) for bpb in (f.bpb_before, f.bpb_after))
+    hebrew = [source for source, language in m.languages.items() if language == "he"]
+    before, after = (_mean([bpb[source] for source in hebrew]) for bpb in (m.bpb_before, m.bpb_after))
     tiles = (
         _tile(f"{tokens:,}", f"tokens trained in {len(steps)} steps"),
         _tile(f"{before:.2f} &rarr; {after:.2f}", "bits per byte of held-out Hebrew, mean of its sources"),
-        _tile(_yes_no(f.resume.bit_exact), "stop and resume bit-exact"),
-        _tile(f"{f.export.max_logit_difference:.1e}", "largest logit difference to transformers"),
-        _tile(f"{f.speed.speed_ratio:.2f}&times;", "speed of a dense model of the same total size"),
+        _tile(_yes_no(m.resume.bit_exact), "stop and resume bit-exact"),
+        _tile(f"{m.export.max_logit_difference:.1e}", "largest logit difference to transformers"),
+        _tile(f"{m.speed.speed_ratio:.2f}&times;", "speed of a dense model of the same total size"),
         _tile(f"{seconds / 60:.1f} min", "in all on this machine"),
     )
     intro = (
@@ -273,12 +166,12 @@ def _training(f: Findings) -> str:
     return f'<img alt="{alt}" src="data:image/png;base64,{picture}">'
 
 
-def _bits_per_byte(f: Findings) -> str:
-    ends = {record["phase"]: record["bpb"] for record in f.metrics if record["kind"] == "eval"}
-    top = max([*f.bpb_before.values(), *f.bpb_after.values()], default=1.0)
+def _bits_per_byte(m: Measured) -> str:
+    ends = {record["phase"]: record["bpb"] for record in m.metrics if record["kind"] == "eval"}
+    top = max([*m.bpb_before.values(), *m.bpb_after.values()], default=1.0)
     rows = []
-    for source, after in f.bpb_after.items():
-        before = f.bpb_before[source]
+    for source, after in m.bpb_after.items():
+        before = m.bpb_before[source]
         change = after - before
         bars = "".join(
             f'<span class="bar{old}" style="width:{100 * value / top:.1f}%"></span>'
@@ -286,7 +179,7 @@ def _bits_per_byte(f: Findings) -> str:
         )
         by_phase = [f"{bpb[source]:.3f}" if source in bpb else "" for bpb in ends.values()]
         verdict = f'<span class="{"bad" if change > 0 else "good"}">{change:+.3f}</span>'
-        rows.append((escape(source), f.languages[source], *by_phase, verdict, bars))
+        rows.append((escape(source), m.languages[source], *by_phase, verdict, bars))
     note = (
         "Held-out documents at the end of each phase; smaller is better. A rise in English or code is what "
         "the Hebrew phases made it forget. Bars: after the base and at the end."

@@ -26,7 +26,8 @@ from hebatron.metrics import LiveReporter, PlainReporter, Record, Reporter, plot
 from hebatron.model import Hebatron
 from hebatron.quickstart import corpus as texts
 from hebatron.quickstart.checks import check_export, check_resume, check_speed
-from hebatron.quickstart.report import Findings, PhaseRow, Sample, SpeedCheck, TokenizerRow, render
+from hebatron.quickstart.findings import Findings, Measured, PhaseRow, Sample, SpeedCheck, TokenizerRow
+from hebatron.quickstart.report import render
 from hebatron.quickstart.settings import BASE, Settings, run_config
 from hebatron.run import open_model
 from hebatron.runconfig import RunConfig, curriculum
@@ -75,6 +76,7 @@ def quickstart(
     settings = settings or Settings()
     for library in LIBRARIES:
         _require(library)
+    documents = texts.gather(seed) if documents is None else documents
     out = open_folder(out, seed, resume, settings)
     print(f"hebatron quickstart in {out}: offline, seed {seed}, under 5 minutes on 2 cores")
     journal = Journal()
@@ -82,18 +84,46 @@ def quickstart(
         diagnosis = examine()
         print(diagnosis.text())
     with journal.stage("text and tokenizer"):
-        tokenizer, tokenizer_rows = prepare_text(settings, out, seed, documents)
+        tokenizer, tokenizer_rows = prepare_text(settings, out, documents)
     config = run_config(settings, out, seed)
     with journal.stage("model and plan"):
         card = describe(open_model(config, tokenizer).config, CONTEXT)
         phases, total_steps = plan_rows(config)
         print(f"{card}\n\n{_phase_table(phases)}")
     with journal.stage(f"training: {total_steps} steps"):
-        result = train(config, reporter=_reporter(total_steps))
-    if result.final is None:
-        print(f"\nstopped after step {result.step}; go on with: hebatron quickstart --resume --out {out}")
+        final = train(config, reporter=_reporter(total_steps)).final
+    if final is None:
+        print(f"\nstopped; go on with: {_command(out, seed)} --resume")
         return 130
-    metrics = read_metrics(config.run_dir)
+    measured = measure(journal, settings, out, seed, tokenizer, final)
+    findings = Findings(
+        diagnosis=diagnosis,
+        command=_command(out, seed),
+        seed=seed,
+        stages=journal.stages,
+        tokenizer=tokenizer_rows,
+        vocab_size=tokenizer.vocab_size,
+        model_card=card,
+        phases=phases,
+        tokens_per_step=settings.tokens_per_batch,
+        figure=plot(config.run_dir),
+        measured=measured,
+    )
+    report = out / "report.html"
+    report.write_text(render(findings), encoding="utf-8")
+    minutes = sum(seconds for _, seconds in journal.stages) / 60
+    print(f"\n{total_steps} steps, {minutes:.1f} minutes. Report: {report.resolve()}")
+    failures = problems(findings)
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    return 1 if failures else 0
+
+
+def measure(
+    journal: Journal, settings: Settings, out: Path, seed: int, tokenizer: Tokenizer, final: Path
+) -> Measured:
+    """The stages after training: what the run left, shown and checked."""
+    metrics = read_metrics(out / "run")
     with journal.stage("stop and resume"):
         resumed = check_resume(settings, out, seed)
         print(f"{resumed.steps} steps at once, and stopped after {resumed.stopped_at} and resumed")
@@ -103,58 +133,32 @@ def quickstart(
         for sample in samples:
             print(f"\nafter the base:\n{sample.prompt}{sample.before}")
             print(f"at the end:\n{sample.prompt}{sample.after}")
-    before, after = bits_before_after(metrics)
-    languages = {source: texts.LANGUAGES.get(source, "he") for source in after}
     with journal.stage("bits per byte of held-out text, after the base and at the end"):
+        before, after = bits_before_after(metrics)
+        languages = {source: texts.LANGUAGES.get(source, "he") for source in after}
         for source, value in after.items():
             was, change = before[source], value - before[source]
             print(f"{source:<12}{languages[source]:<6}{was:7.3f}{value:8.3f}{change:+8.3f}")
-    model = Hebatron.from_pretrained(result.final)
+    model = Hebatron.from_pretrained(final)
     with journal.stage("export, reopened by transformers"):
-        export = check_export(model, result.final, out, tokenizer.encode(settings.prompts[0] * 8))
+        export = check_export(model, final, out, tokenizer.encode(settings.prompts[0] * 8))
         same = "same" if export.same_greedy_text else "other"
         print(f"{export.folder} opened by transformers {export.transformers_version}, unpatched:")
         print(f"largest logit difference {export.max_logit_difference:.2e}, {same} greedy text")
     with journal.stage("speed: mixture of experts against a dense model of equal total size"):
         speed = check_speed(model, settings)
         print(_speed_text(speed))
-    findings = Findings(
-        diagnosis=diagnosis,
-        command=_command(out, seed),
-        seed=seed,
-        stages=journal.stages,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=tokenizer_rows,
-        model_card=card,
-        phases=phases,
-        tokens_per_step=settings.tokens_per_batch,
-        metrics=metrics,
-        figure=plot(config.run_dir),
-        resume=resumed,
-        samples=samples,
-        bpb_before=before,
-        bpb_after=after,
-        languages=languages,
-        export=export,
-        speed=speed,
-    )
-    report = out / "report.html"
-    report.write_text(render(findings), encoding="utf-8")
-    seconds = sum(seconds for _, seconds in journal.stages)
-    print(f"\n{total_steps} steps, {seconds / 60:.1f} minutes. Report: {report.resolve()}")
-    failures = problems(findings)
-    for failure in failures:
-        print(f"FAILED: {failure}")
-    return 1 if failures else 0
+    return Measured(metrics, resumed, samples, before, after, languages, export, speed)
 
 
 def problems(findings: Findings) -> list[str]:
     """The checks that did not hold: each makes the exit code 1."""
     failures = list(findings.diagnosis.problems)
-    if not findings.resume.bit_exact:
+    measured = findings.measured
+    if not measured.resume.bit_exact:
         failures.append("stop and resume must be bit-exact, got other weights, optimizer state or losses")
-    if not findings.export.max_logit_difference <= LOGIT_TOLERANCE:  # NaN fails as well
-        difference = findings.export.max_logit_difference
+    difference = measured.export.max_logit_difference
+    if not difference <= LOGIT_TOLERANCE:  # NaN fails as well
         failures.append(f"export: logits must be within {LOGIT_TOLERANCE} of transformers', got {difference}")
     return failures
 
@@ -199,10 +203,10 @@ def _command(out: Path, seed: int) -> str:
 
 
 def prepare_text(
-    settings: Settings, out: Path, seed: int, documents: Iterable[texts.Document] | None
+    settings: Settings, out: Path, documents: Iterable[texts.Document]
 ) -> tuple[Tokenizer, list[TokenizerRow]]:
     """Writes text/, tokenizer/, corpus/ and held_out/; what an interrupted quickstart left whole is kept."""
-    training, held_out = texts.split(texts.gather(seed) if documents is None else documents)
+    training, held_out = texts.split(documents)
     (out / "text").mkdir(exist_ok=True)
     for name, part in (("corpus", training), ("held_out", held_out)):
         texts.write_jsonl(part, out / "text" / f"{name}.jsonl")

@@ -17,7 +17,7 @@ from hebatron import cli
 from hebatron.curriculum import Phase
 from hebatron.doctor import Diagnosis, OperatorRow
 from hebatron.metrics import read_metrics
-from hebatron.quickstart import exercises, report, run
+from hebatron.quickstart import exercises, findings, report, run
 from hebatron.quickstart.corpus import Document
 from hebatron.quickstart.settings import BASE, Settings
 
@@ -200,7 +200,7 @@ def check_self_contained(page: str) -> None:
 
 
 @pytest.fixture
-def make_findings(tmp_path: Path) -> Callable[..., report.Findings]:
+def make_findings(tmp_path: Path) -> Callable[..., findings.Findings]:
     figure = tmp_path / "metrics.png"
     figure.write_bytes(b"\x89PNG")
     router = {"mean": 8.0, "max_over_ideal": 1.5, "dead": 0.25, "load_entropy": 0.9}
@@ -213,33 +213,35 @@ def make_findings(tmp_path: Path) -> Callable[..., report.Findings]:
         "router_load": [[3, 0, 5, 8]],
     }
 
-    def make(**changes: Any) -> report.Findings:
+    def make(**changes: Any) -> findings.Findings:
         values: dict[str, Any] = {
             "diagnosis": Diagnosis((("machine", "m"), ("python", "3"), ("torch", "t")), (), ()),
             "command": "hebatron quickstart --out <out>",
             "seed": 0,
             "stages": [("training", 60.0), ("export", 30.0)],
             "vocab_size": 300,
-            "tokenizer": [report.TokenizerRow("Hebrew", 400, 100)],
+            "tokenizer": [findings.TokenizerRow("Hebrew", 400, 100)],
             "model_card": "layers 7 <MEM*EME>",
-            "phases": [report.PhaseRow(BASE, "english 1", 1024, 8, 64, 0.0)],
+            "phases": [findings.PhaseRow(BASE, "english 1", 1024, 8, 64, 0.0)],
             "tokens_per_step": 128,
             "metrics": [step, evaluation],
             "figure": figure,
-            "resume": report.ResumeCheck(8, 3, "aa", "aa"),
-            "samples": [report.Sample("שאלה", " <b>לפני", " אחרי")],
+            "resume": findings.ResumeCheck(8, 3, "aa", "aa"),
+            "samples": [findings.Sample("שאלה", " <b>לפני", " אחרי")],
             "bpb_before": {"narrative": 3.0, "english": 1.5},
             "bpb_after": {"narrative": 2.0, "english": 1.75},
             "languages": {"narrative": "he", "english": "en"},
-            "export": report.ExportCheck(Path("hf"), "5.0", 1e-5, True),
-            "speed": report.SpeedCheck(8, 512, 5, 600, 600, 200, 600, 3000.0, 2000.0),
+            "export": findings.ExportCheck(Path("hf"), "5.0", 1e-5, True),
+            "speed": findings.SpeedCheck(8, 512, 5, 600, 600, 200, 600, 3000.0, 2000.0),
         }
-        return report.Findings(**{**values, **changes})
+        values |= changes
+        measured = {key: values.pop(key) for key in list(values) if key in findings.Measured.__annotations__}
+        return findings.Findings(**values, measured=findings.Measured(**measured))
 
     return make
 
 
-def test_report_is_self_contained_and_complete(make_findings: Callable[..., report.Findings]) -> None:
+def test_report_is_self_contained_and_complete(make_findings: Callable[..., findings.Findings]) -> None:
     page = report.render(make_findings())
     check_self_contained(page)
     assert "+0.250" in page and "-1.000" in page  # forgetting and learning
@@ -248,29 +250,31 @@ def test_report_is_self_contained_and_complete(make_findings: Callable[..., repo
     assert "1.5 min" in page and "4.00&times; fewer" in page
 
 
-def test_report_escapes_what_the_model_wrote(make_findings: Callable[..., report.Findings]) -> None:
+def test_report_escapes_what_the_model_wrote(make_findings: Callable[..., findings.Findings]) -> None:
     page = report.render(make_findings())
     assert "&lt;b&gt;לפני" in page and "&lt;MEM*EME&gt;" in page and "--out &lt;out&gt;" in page
 
 
-def test_report_says_no_where_resume_differs(make_findings: Callable[..., report.Findings]) -> None:
-    findings = make_findings(resume=report.ResumeCheck(8, 3, "aa", "bb"))
-    assert '<span class="bad">no</span>' in report.render(findings)
-    assert run.problems(findings) == [
+def test_report_says_no_where_resume_differs(make_findings: Callable[..., findings.Findings]) -> None:
+    found = make_findings(resume=findings.ResumeCheck(8, 3, "aa", "bb"))
+    assert '<span class="bad">no</span>' in report.render(found)
+    assert run.problems(found) == [
         "stop and resume must be bit-exact, got other weights, optimizer state or losses"
     ]
 
 
 @pytest.mark.parametrize("difference", [0.1, float("nan")])
-def test_failed_checks_are_problems(make_findings: Callable[..., report.Findings], difference: float) -> None:
+def test_failed_checks_are_problems(
+    make_findings: Callable[..., findings.Findings], difference: float
+) -> None:
     broken = Diagnosis((), (OperatorRow("rms_norm", "torch", (), 0.1),), ("rms_norm differs",))
-    export = report.ExportCheck(Path("hf"), "5.0", difference, True)
+    export = findings.ExportCheck(Path("hf"), "5.0", difference, True)
     found = run.problems(make_findings(diagnosis=broken, export=export))
     assert found[0] == "rms_norm differs" and "logits must be within" in found[1]
     assert run.problems(make_findings()) == []
 
 
-def test_report_without_experts_says_so(make_findings: Callable[..., report.Findings]) -> None:
+def test_report_without_experts_says_so(make_findings: Callable[..., findings.Findings]) -> None:
     step = {"kind": "step", "step": 1, "tokens": 128, "router": [], "phase": BASE}
     evaluation = {"kind": "eval", "step": 1, "phase": BASE, "bpb": {}, "router_load": []}
     assert "No mixture-of-experts layer" in report.render(make_findings(metrics=[step, evaluation]))
