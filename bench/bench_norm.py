@@ -2,7 +2,7 @@
 
     OMP_PROC_BIND=true OMP_PLACES=cores python bench/bench_norm.py [--rows 4096] [--out bench/results/norm.json]
 
-The limit is DRAM: each figure counts the bytes that must move once and is divided by the rate of a plain copy of a buffer
+The limit is DRAM: each figure counts the bytes that must move once and is divided by the rate of a copy of a buffer
 as large as the widest case, measured between the others in the same run. Correctness is checked before timing.
 """
 
