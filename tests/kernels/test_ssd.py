@@ -51,19 +51,20 @@ def cast(args, dtype):
 
 
 def assert_close(got, want, limit):
-    """Every output and gradient within `limit` of its largest value; those of A, D and dt_bias, sums over all tokens
-    that cancel, within four times that."""
+    """Every output and gradient within `limit` of its largest value. The gradients of A, D and dt_bias are sums over
+    the tokens that cancel: theirs is the sum of the sizes of dt_bias's terms, which are the gradients of dt."""
     assert got.keys() == want.keys()
     for name, exact in want.items():
         scale = exact.abs().max().item() if exact.numel() else 0.0
-        atol = limit * scale * (4 if name in ("grad2", "grad5", "grad6") else 1)
-        torch.testing.assert_close(got[name].double(), exact.double(), rtol=0, atol=atol, msg=name)
+        if name in ("grad2", "grad5", "grad6") and want["grad1"].numel():
+            scale = max(scale, want["grad1"].abs().sum(0).max().item())
+        torch.testing.assert_close(got[name].double(), exact.double(), rtol=0, atol=limit * scale, msg=name)
 
 
-# rounding steps of the dtype; the worst over these shapes are 12, 5.6, 1.2, 1.2 (and 91, 10, 2, 2 of the sums). The
-# halves' upstream gradients are rounded too, so the oracle's differ from theirs.
+# rounding steps of the dtype; the worst over these shapes are 12, 5.6, 0.9 and 1.2. The halves' upstream gradients are
+# rounded too, so the oracle's differ from theirs.
 @pytest.mark.parametrize(
-    ("dtype", "steps"), [(torch.float64, 30), (torch.float32, 8), (torch.bfloat16, 2), (torch.float16, 2)]
+    ("dtype", "steps"), [(torch.float64, 30), (torch.float32, 12), (torch.bfloat16, 2), (torch.float16, 2)]
 )
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
