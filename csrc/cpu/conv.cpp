@@ -3,7 +3,8 @@
 // Traffic   forward reads x and writes y once (a row comes from L1 for its other taps); backward reads x and grad_y
 //           and writes grad_x once.
 // Roofline  DRAM bound: 2 and 3 tensors of tokens x channels.
-// Measured  see tests/kernels/test_conv.py for what is held; times in docs/log.md.
+// Measured  2026-11-23, 4,096 x 640 fp32, 64 sequences, one thread of a Zen 4 virtual machine with other work on it:
+//           forward 5.5 ms, backward 16 ms (torch form 53 and 45); bf16 3.5 and 15 ms.
 // Limits    fp32 and bf16; at most 16 taps; int64 offsets.
 // Why so    each sequence is seen as its K past rows followed by its own: every row of the extended sequence is treated
 //           alike, which gives short sequences, states in and states out without a special case. The taps add
