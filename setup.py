@@ -27,10 +27,23 @@ def cuda_wanted() -> bool:
     return mode == "on" or (mode == "auto" and nvcc is not None and driver)
 
 
+def run(command: list, failure: str) -> None:
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(f"hebatron: {failure}; the reason stands above")
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
-        if not any(map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))):
-            sys.exit("hebatron: no C++ compiler found; install g++ or clang++ (C++17), or set CXX")
+        chosen = os.environ.get("CXX")
+        if not any(map(shutil.which, [chosen] if chosen else ["c++", "g++", "clang++"])):
+            sys.exit(
+                f"hebatron: no C++ compiler found ({chosen or 'c++, g++, clang++'}); install one, or set CXX"
+            )
+        for tool in ("cmake", "ninja"):
+            if shutil.which(tool) is None:
+                sys.exit(
+                    f"hebatron: {tool} is not on PATH; pip install {tool}, or install with build isolation"
+                )
         cuda = cuda_wanted()
         tag = f"{sys.implementation.cache_tag}-{'cuda' if cuda else 'cpu'}"
         build = ROOT / "build" / tag
@@ -38,16 +51,22 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DHEBATRON_CUDA={'ON' if cuda else 'OFF'}",
             f"-DHEBATRON_CUDA_ARCHS={os.environ.get('HEBATRON_CUDA_ARCHS', '')}",
+            f"-DCMAKE_CXX_COMPILER={chosen}" if chosen else "",
         ]
+        options = [option for option in options if option]
+        wanted = "\n".join([str(ROOT), *options])
         stamp = build / "options.txt"
-        if build.exists() and (not stamp.exists() or stamp.read_text() != "\n".join(options)):
+        if build.exists() and (not stamp.exists() or stamp.read_text() != wanted):
             shutil.rmtree(build)
         # pybind11 may live in a build environment that pip deletes: keep its headers, so that `ninja -C` works later.
         shutil.copytree(pybind11.get_include(), build / "include", dirs_exist_ok=True)
         ninja = f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"
-        subprocess.run(["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", ninja, *options], check=True)
-        stamp.write_text("\n".join(options))
-        subprocess.run(["cmake", "--build", build], check=True)
+        run(
+            ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", ninja, *options],
+            "CMake could not configure the build",
+        )
+        stamp.write_text(wanted)
+        run(["cmake", "--build", build], "the build failed")
         cpu = Path(self.get_ext_fullpath("hebatron_kernels._cpu")).resolve()
         cpu.parent.mkdir(parents=True, exist_ok=True)
         for name in ("_cpu", "_cuda"):  # a module of an earlier build must not outlive it

@@ -78,7 +78,7 @@ def main() -> None:
     results = interleaved(cases, buffer_bytes=options.rows * 4096 * 4)
     show(results)
     if options.out:
-        save(options.out, results, "python bench/bench_norm.py")
+        save(options.out, results)
 
 
 if __name__ == "__main__":

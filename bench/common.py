@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,7 +93,11 @@ def machine() -> dict[str, object]:
     }
 
 
-def save(path: str, results: list[dict], command: str) -> None:
+def save(path: str, results: list[dict]) -> None:
+    settings = [
+        f"{name}={os.environ[name]}" for name in ("OMP_PROC_BIND", "OMP_PLACES") if name in os.environ
+    ]
+    command = " ".join([*settings, "python", shlex.join(sys.argv)])
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"command": command, **machine(), "results": results}, indent=1) + "\n")

@@ -73,7 +73,16 @@ def sequences(cu: Tensor | None) -> int:
     return 1 if cu is None else cu.numel() - 1
 
 
+def integer(op: str, **values: int | None) -> None:
+    """None stands for an option left out; bool is no integer here."""
+    for arg, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
+            refuse(op, arg, "be an integer", repr(value))
+
+
 def positive(op: str, **values: float) -> None:
     for arg, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+            refuse(op, arg, "be a number", repr(value))
         if not value > 0:
             refuse(op, arg, "be > 0", value)

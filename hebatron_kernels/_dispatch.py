@@ -136,7 +136,7 @@ class Operator:
 
     def choose(self, args: Sequence[Any], backend: str | None) -> str:
         """The backend of this call: the argument, use_backend, HEBATRON_BACKEND, then the first that supports it."""
-        named = backend or _forced or _environment
+        named = next((b for b in (backend, _forced, _environment) if b is not None), None)
         if named is not None:
             reason = self.refusal(_known(named, f"{self.name}: backend"), args)
             if reason is not None:
@@ -157,7 +157,7 @@ class Operator:
                 f"{self.name}: arguments must not require a gradient (it updates a state in place)"
             )
         if choice == "torch":
-            return self.forwards["torch"](*args)
+            return _without_autocast(self.forwards["torch"], args)
         return self.function.apply(*args, choice) if wants_grad else self.private(*args, choice)
 
 
@@ -172,6 +172,15 @@ def _autograd_dispatch() -> Iterator[None]:
         yield
     finally:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
+def _without_autocast(forward: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """An operator keeps the precision it documents: autocast would run its fp32 sums in bf16."""
+    device = next(a.device.type for a in args if isinstance(a, Tensor))
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return forward(*args)
+    with torch.autocast(device, enabled=False):
+        return forward(*args)
 
 
 def _is_float(value: Any) -> bool:
@@ -211,6 +220,11 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # create_graph: the private op has no derivative, and a graph without it would be silently wrong
+                raise RuntimeError(
+                    f"{forward_op.name()}: has gradients of first order only; use backend='torch'"
+                )
             saved = iter(ctx.saved_tensors)
             args = [next(saved) if other is None else other[0] for other in ctx.others]
             found = iter(backward_op([g.contiguous() for g in grads], *args))

@@ -21,6 +21,8 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 
 
 cpu_module, cpu_missing = _load("_cpu")
+if cpu_module is not None:
+    cpu_module.current_isa()  # a wrong HEBATRON_ISA is an error here, not at some later call
 cuda_module, cuda_missing = _load("_cuda")
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -59,6 +61,12 @@ def unproven(args: Sequence[Any]) -> str | None:
 
 def pointer(value: Tensor | None) -> int | None:
     return None if value is None else value.data_ptr()
+
+
+def wrote(*tensors: Tensor) -> None:
+    """Tells autograd that a kernel changed these tensors, so that a graph which saved them refuses to go on."""
+    for value in tensors:
+        torch.autograd.graph.increment_version(value)
 
 
 def dtype_name(value: Tensor) -> str:

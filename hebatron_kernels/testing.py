@@ -38,7 +38,11 @@ def use_isa(name: str) -> Iterator[None]:
 
 def _cast(args: Args, dtype: torch.dtype) -> list[Any]:
     """Every floating tensor in this dtype with the strides it came in, detached."""
-    return [a.detach().to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+    def cast(a: Tensor) -> Tensor:
+        return torch.empty_strided(a.shape, a.stride(), dtype=dtype, device=a.device).copy_(a.detach())
+
+    return [cast(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
 
 
 def _outputs(result: Any) -> list[Tensor]:

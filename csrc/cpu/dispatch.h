@@ -1,4 +1,4 @@
-// The choice of ISA, made once at load from cpuid and HEBATRON_ISA, changed only by set_isa.
+// The choice of ISA, made once, when the package is imported, from cpuid and HEBATRON_ISA, changed only by set_isa.
 #pragma once
 #include <string>
 #include <vector>

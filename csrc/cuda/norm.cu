@@ -166,8 +166,7 @@ __global__ void sum_partials(const float* partial, int64_t count, int64_t width,
 }
 
 // Whether every row of every tensor starts on a whole pack, so that packs may be used.
-bool packed(const RmsNormArgs& a, int count) {
-  uintptr_t addresses = 0;
+bool packed(const RmsNormArgs& a, int count, uintptr_t addresses) {
   for (const void* p : {a.x, a.residual, a.gate, a.weight, static_cast<const void*>(a.y), static_cast<const void*>(a.sum)})
     addresses |= reinterpret_cast<uintptr_t>(p);
   const int64_t strides = a.x_stride | a.residual_stride | a.gate_stride | a.group;
@@ -206,16 +205,27 @@ void run_backward(const RmsNormBwdArgs& b, const Exec& exec) {
          static_cast<const float*>(partial), count, a.width, b.grad_weight);
 }
 
-#define HEBATRON_BY_WEIGHT(run, T, count, a, ...)                                       \
-  if ((a).weight_dtype == DType::f32)                                                  \
-    return packed(a, count) ? run<T, float, count>(__VA_ARGS__) : run<T, float, 1>(__VA_ARGS__); \
-  return packed(a, count) ? run<T, __nv_bfloat16, count>(__VA_ARGS__) : run<T, __nv_bfloat16, 1>(__VA_ARGS__);
+// The further addresses a backward uses.
+uintptr_t other_addresses(const RmsNormArgs&) { return 0; }
+uintptr_t other_addresses(const RmsNormBwdArgs& b) {
+  uintptr_t addresses = 0;
+  for (const void* p : {b.grad_y, b.grad_sum, static_cast<const void*>(b.grad_input), static_cast<const void*>(b.grad_gate)})
+    addresses |= reinterpret_cast<uintptr_t>(p);
+  return addresses;
+}
 
-#define HEBATRON_BY_DTYPE(run, a, ...)                                         \
-  if ((a).dtype == DType::f32) {                                               \
-    HEBATRON_BY_WEIGHT(run, float, 4, a, __VA_ARGS__)                          \
-  }                                                                            \
-  HEBATRON_BY_WEIGHT(run, __nv_bfloat16, 8, a, __VA_ARGS__)
+// run<T, W, elements per pack>(args, exec) for the dtypes and the alignment at hand. `a` are the forward's arguments.
+#define HEBATRON_BY_WEIGHT(run, T, count, a, args, exec)                                                    \
+  const bool pack = packed(a, count, other_addresses(args));                                                \
+  if ((a).weight_dtype == DType::f32)                                                                       \
+    return pack ? run<T, float, count>(args, exec) : run<T, float, 1>(args, exec);                          \
+  return pack ? run<T, __nv_bfloat16, count>(args, exec) : run<T, __nv_bfloat16, 1>(args, exec);
+
+#define HEBATRON_BY_DTYPE(run, a, args, exec)                \
+  if ((a).dtype == DType::f32) {                             \
+    HEBATRON_BY_WEIGHT(run, float, 4, a, args, exec)         \
+  }                                                          \
+  HEBATRON_BY_WEIGHT(run, __nv_bfloat16, 8, a, args, exec)
 
 }  // namespace
 

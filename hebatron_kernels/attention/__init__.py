@@ -196,11 +196,14 @@ def _check_scale_window(op: str, scale: float | None, window: int | None) -> Non
         check.positive(op, scale=scale)
     if window is not None:
         check.positive(op, window=window)
+        check.integer(op, window=window)
 
 
 def _check_blocks(op: str, cache: Tensor, block_table: Tensor, lengths: Tensor) -> None:
     """What a kernel could only meet by reading or writing someone else's memory."""
     num_blocks, block_size = cache.shape[1:3]
+    if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape)):
+        check.refuse(op, "cache", "not be expanded (its blocks share memory)", f"strides {cache.stride()}")
     capacity = block_table.shape[1] * block_size
     written = set()
     for n, (length, blocks) in enumerate(zip(lengths.tolist(), block_table.tolist(), strict=True)):

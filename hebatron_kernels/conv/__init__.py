@@ -114,7 +114,8 @@ def causal_conv1d_update(
         y_QC in the dtype of x.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device, layout or value, or requires a gradient.
+        ValueError: an argument has the wrong shape, dtype, device, layout or value, or requires a gradient
+            while gradients are recorded.
         BackendError: the named backend cannot serve these arguments.
 
     Gradients:

@@ -67,7 +67,10 @@ def causal_conv1d_bwd(
     grad_last_QKC = grads[1].transpose(1, 2).contiguous()
     grad_x_TC = torch.empty(x_TC.shape, dtype=x_TC.dtype)
     grad_past_QKC = torch.empty_like(kept["past"])
-    grad_weight_WC, grad_bias_C = torch.empty_like(kept["weight"]), torch.empty(x_TC.shape[1])
+    grad_weight_WC, grad_bias_C = (
+        torch.empty_like(kept["weight"]),
+        torch.empty(x_TC.shape[1], dtype=torch.float32),
+    )
     _native.call(
         "causal_conv1d_bwd",
         **numbers,
@@ -148,4 +151,5 @@ def causal_conv1d_update(
         bias=_native.pointer(bias),
         y=_native.pointer(y_QC),
     )
+    _native.wrote(conv_state_QCK)
     return y_QC

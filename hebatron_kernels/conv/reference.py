@@ -30,7 +30,7 @@ def causal_conv1d(
         for t in range(end - begin):
             y_rows.append(_one_token(inputs[t : t + taps], weight_CW, bias_C, activation))
         states.append(inputs[end - begin :].T)
-    y_TC = torch.stack(y_rows) if y_rows else x_TC.double()
+    y_TC = torch.stack(y_rows) if y_rows else x_TC.double().clone()
     empty_state = torch.zeros(0, channels, taps - 1, dtype=torch.float64, device=x_TC.device)
     return y_TC.to(x_TC.dtype), (torch.stack(states) if states else empty_state).to(x_TC.dtype)
 

@@ -56,7 +56,8 @@ def linear_cross_entropy(
         BackendError: the named backend cannot serve these arguments.
 
     Gradients:
-        To x and weight, for any upstream gradient; first order. Ignored tokens get exactly 0.
+        To x and weight, for any upstream gradient; first order. Ignored tokens get exactly 0, whatever their
+        rows hold.
 
     Backends:
         torch: chunks of tokens (256 at a vocabulary of 4,096 or more), every dtype and device. Logits and softmax are

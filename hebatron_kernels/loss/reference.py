@@ -9,7 +9,8 @@ from torch import Tensor
 def linear_cross_entropy(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    logits_TV = x_TD.double() @ weight_VD.double().T
+    ignored_T1 = (targets_T == ignore_index)[:, None]
+    logits_TV = x_TD.double().masked_fill(ignored_T1, 0.0) @ weight_VD.double().T
     losses, kept = [], 0
     for logits_V, target in zip(logits_TV, targets_T.tolist()):
         if target == ignore_index:

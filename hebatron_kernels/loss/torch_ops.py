@@ -104,7 +104,9 @@ def _chunks(
     rows = max(CHUNK_MIN_TOKENS, CHUNK_LOGITS // weight_VD.shape[0])
     for begin in range(0, x_TD.shape[0], rows):
         chunk = slice(begin, begin + rows)
-        x_CD, safe_C1 = x_TD[chunk], safe_T[chunk, None]
+        # an ignored row may hold anything, NaN too: zeros in its place leave the sums and gradients alone
+        ignored_C1 = ~kept_T[chunk, None]
+        x_CD, safe_C1 = x_TD[chunk].masked_fill(ignored_C1, 0), safe_T[chunk, None]
         log_p_CV = torch.log_softmax(_logits(x_CD, wide_VD, compute), 1)
         losses_T[chunk] = -log_p_CV.gather(1, safe_C1)[:, 0].where(kept_T[chunk], 0)
         if upstream_T is None:

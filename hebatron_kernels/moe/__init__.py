@@ -139,6 +139,7 @@ def moe_route(
     if not 1 <= topk_group <= n_group:
         check.refuse(op, "topk_group", f"be between 1 and n_group = {n_group}", topk_group)
     kept = experts // n_group * topk_group
+    check.integer(op, top_k=top_k, n_group=n_group, topk_group=topk_group)
     if not 1 <= top_k <= kept:
         check.refuse(op, "top_k", f"be between 1 and the {kept} experts of the groups kept", top_k)
     return _moe_route(logits_TE, bias_E, top_k, n_group, topk_group, normalize, scale, backend=backend)
@@ -176,6 +177,7 @@ def moe_permute(
     op = "moe_permute"
     check.tensor(op, "x_TD", x_TD, None, None)
     check.positive(op, num_experts=num_experts)
+    check.integer(op, num_experts=num_experts)
     _check_ids(op, ids_TK, x_TD.shape[0], num_experts)
     check.same_device(op, x_TD, ids_TK=ids_TK)
     return _moe_permute(x_TD, ids_TK, num_experts, backend=backend)
@@ -231,7 +233,7 @@ def moe_combine(
 
     Args:
         rows_ND: (N = T*K, D width), any floating dtype.
-        order_N: (N,) int64, a permutation of the slots, as moe_permute gives it.
+        order_N: (N,) int64, a permutation of the slots, as moe_permute gives it (checked on the CPU only).
         weights_TK: (T, K), any floating dtype; rounded to the dtype of the rows.
         num_tokens: T.
         backend: "torch" or "reference"; None chooses.
@@ -260,6 +262,8 @@ def moe_combine(
     check.tensor(op, "rows_ND", rows_ND, slots, None)
     check.tensor(op, "order_N", order_N, slots, dtypes=(torch.int64,))
     check.same_device(op, rows_ND, order_N=order_N, weights_TK=weights_TK)
+    if _host_readable(order_N) and not torch.equal(order_N.sort().values, torch.arange(slots)):
+        check.refuse(op, "order_N", f"be a permutation of the {slots} slots", order_N.tolist()[:12])
     return _moe_combine(rows_ND, order_N, weights_TK, num_tokens, backend=backend)
 
 

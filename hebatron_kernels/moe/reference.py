@@ -85,7 +85,7 @@ def moe_combine(rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor, num_tokens
     for n, slot in enumerate(order_N.tolist()):
         t, k = divmod(slot, top_k)
         sums[t] = sums[t] + weights_TK[t, k].double() * rows_ND[n].double()
-    return torch.stack(sums).to(rows_ND.dtype) if sums else rows_ND[:0]
+    return torch.stack(sums).to(rows_ND.dtype) if sums else rows_ND[:0].clone()
 
 
 def moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -96,4 +96,4 @@ def moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, do
             hidden_F = torch.clamp(up_EFD[e].double() @ x_TD[t].double(), min=0.0)
             y_D = y_D + weights_TK[t, k].double() * (down_EDF[e].double() @ (hidden_F * hidden_F))
         outputs.append(y_D)
-    return torch.stack(outputs).to(x_TD.dtype) if outputs else x_TD[:0]
+    return torch.stack(outputs).to(x_TD.dtype) if outputs else x_TD[:0].clone()

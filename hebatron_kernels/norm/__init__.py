@@ -58,7 +58,7 @@ def rms_norm(
         BackendError: the named backend cannot serve these arguments.
 
     Gradients:
-        To x, weight, residual and gate, through both results.
+        To x, weight, residual and gate, through both results. First order (torch form: any).
 
     Backends:
         native: C++ forward and backward, fp32 and bf16 on the CPU. torch: every dtype and device. Both compute in
@@ -72,6 +72,7 @@ def rms_norm(
     rows, width = x_TD.shape
     check.tensor(op, "weight_D", weight_D, width)
     check.positive(op, eps=eps)
+    check.integer(op, group_size=group_size)
     for name, value in (("residual_TD", residual_TD), ("gate_TD", gate_TD)):
         if value is not None:
             check.tensor(op, name, value, rows, width, dtypes=(x_TD.dtype,))

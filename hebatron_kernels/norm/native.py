@@ -18,6 +18,10 @@ def supports_rms_norm(
     gate_TD: Tensor | None,
     group_size: int | None,
 ) -> str | None:
+    width = x_TD.shape[1]
+    group = width if group_size is None else group_size
+    if x_TD.device.type == "cuda" and (group > 8192 or width // group > 65535):
+        return f"the CUDA kernel takes groups of at most 8,192 columns and 65,535 of them, got {group} of {width}"
     return _native.refusal(x_TD, weight_D, residual_TD, gate_TD, cuda=True)
 
 

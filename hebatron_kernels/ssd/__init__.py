@@ -74,7 +74,8 @@ def ssd_scan(
         cu_seqlens: (Q + 1,) int32, where each packed sequence starts and ends; None is one sequence. Sequences
             do not see one another, whatever they hold, and may be empty.
         initial_state: (Q, H, P, S), any floating dtype, the state each sequence starts from; None is zeros.
-        chunk_size: the longest chunk a chunked implementation may use; changes the rounding, not the result.
+        chunk_size: the longest chunk a chunked implementation may use; changes the rounding, not the result. Inputs
+            are finite: a chunked form may carry a NaN or inf to earlier tokens of its chunk, never to another sequence.
         backend: "torch" or "reference"; None chooses.
 
     Returns:
@@ -102,6 +103,7 @@ def ssd_scan(
         check.tensor(op, "initial_state", initial_state, *shape)
     check.same_device(op, x_THP, cu_seqlens=cu_seqlens, initial_state=initial_state)
     check.positive(op, chunk_size=chunk_size)
+    check.integer(op, chunk_size=chunk_size)
     return _scan(
         x_THP, dt_TH, A_H, B_TGS, C_TGS, D_H, dt_bias_H, dt_limit, cu_seqlens, initial_state, chunk_size,
         backend=backend,
@@ -132,7 +134,8 @@ def ssd_update(
         y_QHP in the dtype of x.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device, layout or value, or requires a gradient.
+        ValueError: an argument has the wrong shape, dtype, device, layout or value, or requires a gradient
+            while gradients are recorded.
         BackendError: the named backend cannot serve these arguments.
 
     Gradients:

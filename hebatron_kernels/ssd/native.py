@@ -62,4 +62,5 @@ def ssd_update(
         dt_bias=_native.pointer(dt_bias),
         y=_native.pointer(y_QHP),
     )
+    _native.wrote(state_QHPS)
     return y_QHP

@@ -36,7 +36,7 @@ def ssd_scan(
             )
             y_rows.append(y_HP)
         states.append(state_HPS)
-    y_THP = torch.stack(y_rows) if y_rows else x_THP.double()
+    y_THP = torch.stack(y_rows) if y_rows else x_THP.double().clone()
     final_QHPS = torch.stack(states) if states else zero_HPS.expand(0, *zero_HPS.shape)
     return y_THP.to(x_THP.dtype), final_QHPS.to(state_dtype)
 

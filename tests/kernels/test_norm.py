@@ -79,6 +79,19 @@ def test_rms_norm_does_not_depend_on_threads_or_neighbours():
     assert torch.equal(alone[0], one["out0"][7:8])
 
 
+@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize(
+    "extreme", [-88.0, -89.0, -100.0, -1e30, -1e38, -torch.inf, 89.0, torch.inf, torch.nan]
+)
+def test_rms_norm_gate_is_silu_at_the_ends_of_fp32(isa, extreme):
+    x, weight, eps, _, gate = make(2, 20, False, True, torch.float32)
+    gate[0, 3] = extreme
+    with testing.use_isa(isa):
+        got = hk.rms_norm(x, weight, eps, None, gate, 1, backend="native")
+    want = hk.rms_norm(x, weight, eps, None, gate, 1, backend="reference")
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-30, equal_nan=True)
+
+
 def test_rms_norm_keeps_a_bad_row_to_itself():
     x, weight, eps, _, _ = make(4, 40, False, False, torch.float32)
     clean = hk.rms_norm(x, weight, eps, backend="native")

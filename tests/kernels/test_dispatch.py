@@ -1,0 +1,119 @@
+"""What every operator gets from the dispatch and the native boundary, whatever it computes."""
+
+from types import ModuleType
+
+import pytest
+import torch
+
+import hebatron_kernels as hk
+from hebatron_kernels import _dispatch, testing
+
+
+def conv_args(dtype=torch.float32):
+    return [
+        torch.randn(9, 48, dtype=dtype),
+        torch.randn(48, 4, dtype=dtype),
+        torch.randn(48, dtype=dtype),
+        "silu",
+    ]
+
+
+def norm_args(dtype=torch.float32):
+    return [torch.randn(9, 48, dtype=dtype), torch.randn(48, dtype=dtype)]
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("op", "make"), [(hk.rms_norm, norm_args), (hk.causal_conv1d, conv_args)])
+def test_native_does_not_depend_on_the_default_dtype(op, make, default):
+    args = make()
+    wanted = testing.run(op, args, backend="native")
+    torch.set_default_dtype(default)
+    try:
+        got = testing.run(op, args, backend="native")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
+def test_updates_in_place_are_seen_by_autograd(backend):
+    conv_state = torch.randn(2, 4, 3)
+    ssm_state = torch.randn(2, 4, 8, 16)
+    before = conv_state._version, ssm_state._version
+    hk.causal_conv1d_update(torch.randn(2, 4), conv_state, torch.randn(4, 4), None, "silu", backend=backend)
+    x, dt, A, B, C = (
+        torch.randn(2, 4, 8),
+        torch.randn(2, 4),
+        -torch.rand(4),
+        torch.randn(2, 2, 16),
+        torch.randn(2, 2, 16),
+    )
+    hk.ssd_update(ssm_state, x, dt, A, B, C, None, None, backend=backend)
+    assert conv_state._version > before[0] and ssm_state._version > before[1]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_second_order_through_an_opaque_form_raises(backend):
+    x, weight = (a.requires_grad_() for a in norm_args())
+    loss = (hk.rms_norm(x, weight, backend=backend) + x**3).sum()
+    with pytest.raises(RuntimeError, match="_rms_norm: has gradients of first order only"):
+        torch.autograd.grad(loss, [x], create_graph=True)
+
+
+def test_autocast_leaves_the_documented_precision():
+    x, dt, B = torch.randn(40, 2, 8), torch.randn(40, 2), torch.randn(40, 1, 16)
+    scan = [x, dt, -torch.rand(2), B, B, None, None]
+    targets = torch.randint(0, 50, (40,))
+    calls = [
+        lambda: hk.ssd_scan(*scan)[0],
+        lambda: hk.linear_cross_entropy(x.flatten(1), torch.ones(50, 16), targets),
+        lambda: hk.attention_prefill(x, x, x),
+    ]
+    for call in calls:
+        wanted = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            got = call()
+        assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+
+
+def test_an_empty_backend_name_is_refused():
+    with pytest.raises(ValueError, match=r"rms_norm: backend must be one of .* got ''"):
+        hk.rms_norm(*norm_args(), backend="")
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_no_tokens_pass_registration(backend):
+    testing.check_registration(
+        "causal_conv1d", torch.randn(0, 4), torch.randn(4, 4), None, None, None, None, backend=backend
+    )
+    x = torch.randn(0, 2, 8, dtype=torch.float64)
+    B, dt = torch.randn(0, 1, 4, dtype=torch.float64), torch.randn(0, 2, dtype=torch.float64)
+    scan = [x, dt, -torch.rand(2, dtype=torch.float64), B, B, None, None, (0.0, 1.0), None, None, 8]
+    testing.check_registration("ssd_scan", *scan, backend="reference", dtype=torch.float64)
+    empty = torch.empty(0, 2, dtype=torch.int64)
+    testing.check_registration(
+        "moe_combine", torch.randn(0, 4), empty.flatten(), torch.randn(0, 2), 0, backend="reference"
+    )
+
+
+def test_a_native_form_without_backward_differentiates_the_torch_form():
+    """The door through which a kernel comes before its backward does."""
+
+    def module(function):
+        made = ModuleType("square")
+        made.square = function
+        return made
+
+    forms = {
+        "native": module(lambda x: x.detach() ** 2),
+        "torch": module(lambda x: x * x),
+        "reference": module(lambda x: x**2),
+    }
+    square = _dispatch.Operator("square", "Tensor x", "Tensor", forms, lambda x: torch.empty_like(x))
+    try:
+        x = torch.tensor([3.0, -2.0], requires_grad=True)
+        out = square(x, backend="native")
+        out.backward(torch.ones(2))
+        assert torch.equal(out, torch.tensor([9.0, 4.0])) and torch.equal(x.grad, torch.tensor([6.0, -4.0]))
+    finally:
+        del _dispatch.OPERATORS["square"]
