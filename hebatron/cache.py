@@ -86,7 +86,8 @@ class Cache:
                 f"cache: capacity must be in [0, max_position_embeddings ({limit})], got {capacity}"
             )
         c = config
-        self.config, self.dtype, self.device = config, dtype, torch.device(device)
+        self.config, self.dtype = config, dtype
+        self.device = torch.empty(0, device=device).device  # "cuda" with its index, as tensors name it
         self.lengths = [0] * batch_size
         self.broken = False
         self.mamba: dict[int, MambaState] = {}
@@ -123,8 +124,12 @@ class Cache:
 
     # ---- a step
 
-    def check_room(self, new_lengths: list[int]) -> None:
+    def check_fits(self, config: ModelConfig, device: torch.device, new_lengths: list[int]) -> None:
         """Refuse a step this cache cannot take, before anything is touched."""
+        if config != self.config:
+            raise ValueError("cache: config must equal the model's, got a cache made for another model")
+        if device != self.device:
+            raise ValueError(f"cache: device must equal the model's ({device}), got {self.device}")
         if self.broken:
             raise ValueError(
                 "cache: states must be whole, got a cache whose last step died half way; restore one"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -48,16 +48,16 @@ def generate(
     """
     c = model.config
     _check(c.vocab_size, max_new_tokens, temperature, top_k, top_p)
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"generate: input_ids must be a tensor, got {type(input_ids).__name__}")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise ValueError(
             f"generate: input_ids must be (B, L) with a token in every row, got {tuple(input_ids.shape)}"
         )
     rows, longest = input_ids.shape
     ends = _end_tokens(c.eos_token_ids if eos_token_id is None else eos_token_id, c.vocab_size)
-    seeds = [seed] * rows if isinstance(seed, int) else list(seed)
-    if len(seeds) != rows:
-        raise ValueError(f"generate: seed must be one number or one per row ({rows}), got {len(seeds)}")
-    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+    seeds = _seeds(seed, rows)
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape:
         lengths = attention_mask.bool().sum(1)
         longest = int(lengths.max())
         if int(lengths.min()) == 0:
@@ -69,8 +69,6 @@ def generate(
             f"generate: prompt and max_new_tokens must stay within max_position_embeddings "
             f"({c.max_position_embeddings}), got {longest} + {max_new_tokens}"
         )
-    if max_new_tokens == 0:
-        return input_ids.long().clone()
 
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     cache = model.new_cache(rows, longest + max_new_tokens)
@@ -78,6 +76,7 @@ def generate(
     padding = c.pad_token_id if c.pad_token_id is not None else (ends[0] if ends else 0)
     done_B = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
     columns = [input_ids.long()]
+    # for no new tokens too: it checks the prompt
     logits_BV = _last(model(input_ids, attention_mask, cache=cache, logits_to_keep=1).logits)
     for count in range(max_new_tokens):
         next_B = choose(logits_BV, temperature, top_k, top_p, generators).masked_fill(done_B, padding)
@@ -100,7 +99,9 @@ def choose(
     summed probabilities, likeliest first, pass it: the same on every device and beside any neighbours."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    ranked_BV, tokens_BV = torch.sort(logits_BV.double() / temperature, dim=-1, descending=True, stable=True)
+    logits_BV = logits_BV.double()
+    below_BV = logits_BV - logits_BV.amax(-1, keepdim=True)  # at most 0: no temperature overflows to +inf
+    ranked_BV, tokens_BV = torch.sort(below_BV / temperature, dim=-1, descending=True, stable=True)
     if top_k is not None:
         ranked_BV, tokens_BV = ranked_BV[:, :top_k], tokens_BV[:, :top_k]
     probabilities_BV = torch.softmax(ranked_BV, -1)
@@ -121,21 +122,44 @@ def _last(logits_B1V: Tensor | None) -> Tensor:
 
 
 def _end_tokens(eos: int | Sequence[int], vocab_size: int) -> list[int]:
-    ends = [eos] if isinstance(eos, int) else list(eos)
+    ends = _listed(eos, 1)
     for token in ends:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"generate: eos_token_id must be in [0, {vocab_size}), got {token}")
+        if not (_is_integer(token) and 0 <= token < vocab_size):
+            raise ValueError(f"generate: eos_token_id must be in [0, {vocab_size}), got {token!r}")
     return ends
+
+
+def _seeds(seed: int | Sequence[int], rows: int) -> list[int]:
+    seeds = _listed(seed, rows)
+    if len(seeds) != rows:
+        raise ValueError(f"generate: seed must be one number or one per row ({rows}), got {len(seeds)}")
+    for number in seeds:
+        if not (_is_integer(number) and 0 <= number < 2**63):
+            raise ValueError(f"generate: seed must be an integer in [0, 2**63), got {number!r}")
+    return seeds
+
+
+def _listed(value: int | Sequence[int], times: int) -> list[int]:
+    """A sequence as a list, anything else repeated; whether these are integers is the caller's to check."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * times
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, float) or _is_integer(value)
 
 
 def _check(
     vocab_size: int, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    if max_new_tokens < 0:
-        raise ValueError(f"generate: max_new_tokens must be >= 0, got {max_new_tokens}")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature}")
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise ValueError(f"generate: top_k must be in [1, {vocab_size}], got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
+    if not (_is_integer(max_new_tokens) and max_new_tokens >= 0):
+        raise ValueError(f"generate: max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
+    if not (_is_number(temperature) and 0 <= temperature < math.inf):
+        raise ValueError(f"generate: temperature must be finite and >= 0, got {temperature!r}")
+    if top_k is not None and not (_is_integer(top_k) and 1 <= top_k <= vocab_size):
+        raise ValueError(f"generate: top_k must be an integer in [1, {vocab_size}], got {top_k!r}")
+    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
+        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p!r}")

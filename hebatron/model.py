@@ -39,6 +39,15 @@ from .cache import Cache, CacheStep
 from .config import ModelConfig
 from .generate import generate
 
+# fp16 overflows in squared ReLU and in long sums
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"{name} must be float32, bfloat16 or float64, got {dtype}")
+    return dtype
+
 
 class RouterStats(NamedTuple):
     """What one expert layer's router did in one forward."""
@@ -360,12 +369,10 @@ class Hebatron(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if compute_dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
-            raise ValueError(f"Hebatron: compute_dtype must be float32 or bfloat16, got {compute_dtype}")
         self.config = config
-        self._compute_dtype = compute_dtype
+        self.compute_dtype = compute_dtype
         self.activation_checkpointing = False
-        # of tensors that stay fp32 in memory and came from a checkpoint in another dtype
+        # of tensors that stay fp32 in memory and came narrower: a checkpoint saved as it came is the same bytes
         self.stored_dtypes: dict[str, torch.dtype] = {}
         with torch.device(device if device is not None else torch.get_default_device()):
             self.backbone = Backbone(config)
@@ -380,11 +387,13 @@ class Hebatron(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return self._compute_dtype or self.backbone.embeddings.weight.dtype
+        """As given, or that of the parameters; checked here too, because `.half()` changes those."""
+        dtype = self._compute_dtype or self.backbone.embeddings.weight.dtype
+        return check_dtype("Hebatron: compute_dtype", dtype)
 
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype | None) -> None:
-        self._compute_dtype = dtype
+        self._compute_dtype = None if dtype is None else check_dtype("Hebatron: compute_dtype", dtype)
 
     def tie(self) -> None:
         """Make the head the embeddings' own parameter where the config says so (moving from meta unties them)."""
@@ -446,9 +455,8 @@ class Hebatron(nn.Module):
         Raises:
             ValueError: naming the argument, what was expected and what came; the cache is then as it was.
         """
-        packed = _enter(self.config, input_ids, attention_mask, cu_seqlens, cache, labels, logits_to_keep)
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"forward: loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        tokens = (input_ids, attention_mask, cu_seqlens)
+        packed = _enter(self.config, self.device, *tokens, cache, labels, logits_to_keep, loss_reduction)
         if cache is None:
             return self._forward(packed, None, None, logits_to_keep, loss_reduction)
         with torch.no_grad():
@@ -565,15 +573,21 @@ class Packed:
 
 def _enter(
     c: ModelConfig,
+    device: torch.device,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     cache: Cache | None,
     labels: Tensor | None,
     logits_to_keep: int | None,
+    loss_reduction: str,
 ) -> Packed:
     """Check everything a caller can get wrong, and take the padding out."""
     _must(isinstance(input_ids, Tensor), "input_ids", "be a tensor", type(input_ids).__name__)
+    others = (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens), ("labels", labels))
+    for name, value in others:
+        _must(value is None or isinstance(value, Tensor), name, "be a tensor", type(value).__name__)
+    _must(input_ids.device == device, "input_ids", f"be on {device} like the model", input_ids.device)
     whole = not input_ids.is_floating_point() and input_ids.dtype != torch.bool and not input_ids.is_complex()
     _must(whole, "input_ids", "hold integers", input_ids.dtype)
     shape = tuple(input_ids.shape)
@@ -584,15 +598,16 @@ def _enter(
         _must(len(shape) == 2, "input_ids", "have shape (B, L)", shape)
     _must(input_ids.numel() > 0, "input_ids", "hold at least one token", f"shape {shape}")
     if labels is not None:
-        _must(
-            tuple(labels.shape) == shape,
-            "labels",
-            f"have the shape of input_ids {shape}",
-            tuple(labels.shape),
-        )
+        got = tuple(labels.shape)
+        _must(got == shape, "labels", f"have the shape of input_ids {shape}", got)
         _must(labels.dtype == torch.int64, "labels", "be int64", labels.dtype)
-    _must(logits_to_keep is None or logits_to_keep >= 1, "logits_to_keep", "be None or >= 1", logits_to_keep)
-    if torch.compiler.is_compiling():
+        _must(labels.device == device, "labels", f"be on {device} like the model", labels.device)
+    _must(loss_reduction in ("mean", "sum"), "loss_reduction", "be 'mean' or 'sum'", repr(loss_reduction))
+    n = logits_to_keep
+    whole = n is None or (isinstance(n, int) and not isinstance(n, bool) and n >= 1)
+    _must(whole, "logits_to_keep", "be None or an integer >= 1", n)
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         _must(
             cache is None and attention_mask is None, "forward", "be compiled without cache and mask", "one"
         )
@@ -605,7 +620,7 @@ def _enter(
     ids_T = input_ids.flatten().long()
     lengths = [shape[-1]] * (shape[0] if len(shape) == 2 else 1)
     if cu_seqlens is not None:
-        lengths = [] if torch.compiler.is_compiling() else _check_cu_seqlens(cu_seqlens, input_ids)
+        lengths = [] if compiling else _check_cu_seqlens(cu_seqlens, input_ids)
     elif attention_mask is not None:
         kept_T, lengths = _unpad(attention_mask, input_ids, allow_empty=cache is not None)
         if kept_T is not None:
@@ -613,14 +628,16 @@ def _enter(
     if cu_seqlens is None and len(lengths) > 1:
         ends = torch.tensor([0, *lengths]).cumsum(0)
         cu_seqlens = ends.to(torch.int32).to(input_ids.device)
+    if not compiling:
+        longest, limit = max(lengths), c.max_position_embeddings
+        rule = f"stay within max_position_embeddings ({limit})"
+        _must(longest <= limit, "a sequence", rule, f"{longest} tokens")
+        if labels_T is not None and loss_reduction == "mean":  # 0 / 0, and the cache half stepped by then
+            _must(bool((labels_T != -100).any()), "labels", "hold a target for a mean loss", "only -100")
     if cache is not None:
-        cache.check_room(lengths)
-    _must(
-        logits_to_keep is None or bool(lengths),
-        "logits_to_keep",
-        "be None under torch.compile",
-        logits_to_keep,
-    )
+        _must(isinstance(cache, Cache), "cache", "be a Cache", type(cache).__name__)
+        cache.check_fits(c, device, lengths)
+    _must(n is None or bool(lengths), "logits_to_keep", "be None under torch.compile", n)
     return Packed(ids_T, labels_T, cu_seqlens, lengths, (1, *shape) if len(shape) == 1 else shape, kept_T)
 
 

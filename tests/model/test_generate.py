@@ -92,6 +92,13 @@ def test_top_k_of_one_and_a_tiny_top_p_are_greedy(model: Hebatron) -> None:
         )
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-300])
+def test_a_vanishing_temperature_is_greedy(model: Hebatron, temperature: float) -> None:
+    prompt = random_ids(model.config, 2, 4)
+    greedy = model.generate(prompt, max_new_tokens=8)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8, temperature=temperature), greedy)
+
+
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     draws = 4000
@@ -115,11 +122,27 @@ def test_draws_follow_the_probabilities() -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"temperature": float("nan")}, "temperature must be finite and >= 0, got nan"),
     ({"temperature": -1.0}, "temperature must be finite and >= 0, got -1.0"),
-    ({"top_k": 65}, r"top_k must be in \[1, 64\], got 65"),
-    ({"top_k": 0}, r"top_k must be in \[1, 64\], got 0"),
+    ({"top_k": 65}, r"top_k must be an integer in \[1, 64\], got 65"),
+    ({"top_k": 0}, r"top_k must be an integer in \[1, 64\], got 0"),
+    ({"top_k": 2.5}, r"top_k must be an integer in \[1, 64\], got 2.5"),
+    ({"top_k": True}, r"top_k must be an integer in \[1, 64\], got True"),
+    ({"top_p": "1"}, r"top_p must be in \(0, 1\], got '1'"),
+    ({"temperature": None}, "temperature must be finite and >= 0, got None"),
+    ({"temperature": True}, "temperature must be finite and >= 0, got True"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer >= 0, got 2.5"),
+    ({"eos_token_id": "2"}, r"eos_token_id must be in \[0, 64\), got '2'"),
+    ({"eos_token_id": [True]}, r"eos_token_id must be in \[0, 64\), got True"),
+    ({"eos_token_id": 2.0}, r"eos_token_id must be in \[0, 64\), got 2.0"),
+    ({"seed": "ab"}, r"seed must be an integer in \[0, 2\*\*63\), got 'ab'"),
+    ({"seed": None}, r"seed must be an integer in \[0, 2\*\*63\), got None"),
+    ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*63\), got -1"),
+    ({"seed": [0, 2**63]}, r"seed must be an integer in \[0, 2\*\*63\), got 9223372036854775808"),
+    ({"attention_mask": [[1] * 4] * 2}, "attention_mask must be a tensor, got list"),
+    ({"input_ids": [[1, 2]]}, "input_ids must be a tensor, got list"),
+    ({"input_ids": torch.tensor([[999]]), "max_new_tokens": 0}, r"input_ids must be in \[0, 64\), got 999"),
     ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
     ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
-    ({"max_new_tokens": -1}, "max_new_tokens must be >= 0, got -1"),
+    ({"max_new_tokens": -1}, "max_new_tokens must be an integer >= 0, got -1"),
     ({"max_new_tokens": 2000}, r"must stay within max_position_embeddings \(1024\), got 4 \+ 2000"),
     ({"eos_token_id": 64}, r"eos_token_id must be in \[0, 64\), got 64"),
     ({"seed": [1, 2, 3]}, r"seed must be one number or one per row \(2\), got 3"),

@@ -202,6 +202,22 @@ def test_bfloat16_compute_keeps_fp32_masters_and_gradients() -> None:
     assert cache.mamba[0].ssm.dtype == torch.float32 and cache.pages[2].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.int64, "bfloat16"])
+def test_other_compute_dtypes_are_refused_at_every_door(dtype: Any) -> None:
+    message = "compute_dtype must be float32, bfloat16 or float64, got"
+    with pytest.raises(ValueError, match=message):
+        Hebatron(presets.tiny(), compute_dtype=dtype)
+    model = Hebatron(presets.tiny())
+    with pytest.raises(ValueError, match=message):
+        model.compute_dtype = dtype
+    assert model.compute_dtype == torch.float32
+    model.half()
+    with pytest.raises(ValueError, match=message):
+        model(IDS)
+    model.compute_dtype = torch.bfloat16
+    assert torch.isfinite(model(IDS).logits).all()
+
+
 def test_double_is_double_throughout() -> None:
     model = make_model(CONFIG, seed=4)
     ids = random_ids(CONFIG, 1, 20)
@@ -273,7 +289,31 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"labels": IDS + 60}, r"labels must be in \[0, 64\), got 67"),
     ({"labels": IDS - 3}, r"labels must be in \[0, 64\), got -3"),
     ({"labels": IDS, "loss_reduction": "max"}, "loss_reduction must be 'mean' or 'sum', got 'max'"),
-    ({"logits_to_keep": 0}, "logits_to_keep must be None or >= 1, got 0"),
+    ({"logits_to_keep": 0}, "logits_to_keep must be None or an integer >= 1, got 0"),
+    ({"logits_to_keep": True}, "logits_to_keep must be None or an integer >= 1, got True"),
+    ({"logits_to_keep": 2.5}, "logits_to_keep must be None or an integer >= 1, got 2.5"),
+    ({"labels": IDS.tolist()}, "labels must be a tensor, got list"),
+    ({"attention_mask": [[1] * 4] * 2}, "attention_mask must be a tensor, got list"),
+    ({"input_ids": IDS[0], "cu_seqlens": [0, 4]}, "cu_seqlens must be a tensor, got list"),
+    ({"cache": 3}, "cache must be a Cache, got int"),
+    ({"input_ids": IDS.to("meta")}, "input_ids must be on cpu like the model, got meta"),
+    ({"labels": IDS.to("meta")}, "labels must be on cpu like the model, got meta"),
+    ({"labels": torch.full((2, 4), -100)}, "labels must hold a target for a mean loss, got only -100"),
+    (
+        {
+            "labels": torch.tensor([[-100, -100, -100, 5]] * 2),
+            "attention_mask": torch.tensor([[1, 1, 1, 0]] * 2),
+        },
+        "labels must hold a target for a mean loss",
+    ),
+    (
+        {"input_ids": torch.zeros(1, 1025, dtype=torch.int64)},
+        r"a sequence must stay within max_position_embeddings \(1024\), got 1025 tokens",
+    ),
+    (
+        {"input_ids": torch.zeros(1030, dtype=torch.int64), "cu_seqlens": ends(0, 5, 1030)},
+        r"a sequence must stay within max_position_embeddings \(1024\), got 1025 tokens",
+    ),
     (
         {"cu_seqlens": ends(0, 4), "attention_mask": torch.ones(2, 4)},
         "cu_seqlens must come without attention_mask",
@@ -320,6 +360,8 @@ def test_refused_step_leaves_the_cache_as_it_was(model: Hebatron) -> None:
         {"input_ids": IDS, "attention_mask": torch.ones(2, 8)},
         {"input_ids": IDS, "labels": IDS + 60},
         {"input_ids": IDS[:, :1], "labels": IDS[:, :2]},
+        {"input_ids": IDS[:, :1], "labels": torch.full((2, 1), -100)},
+        {"input_ids": IDS[:, :1], "labels": IDS[:, :1], "loss_reduction": "max"},
     ]
     for arguments in bad:
         with pytest.raises(ValueError):
@@ -384,6 +426,11 @@ def test_cache_refusals(model: Hebatron) -> None:
         model.new_cache(1, 1025)
     with pytest.raises(ValueError, match="snapshot must come from a cache of the same model"):
         cache.restore(make_model(presets.tiny()).new_cache(2))
+    smaller = make_model(presets.tiny().replace(layers_block_type=("mamba", "attention")), seed=1)
+    with pytest.raises(ValueError, match="config must equal the model's"):
+        smaller(IDS, cache=cache)
+    with pytest.raises(ValueError, match=r"device must equal the model's \(cpu\), got meta"):
+        model(IDS, cache=Cache(CONFIG, 2, device="meta"))
     narrow = Cache(CONFIG, 2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="dtype must equal the model's compute_dtype"):
         model(IDS, cache=narrow)
