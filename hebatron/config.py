@@ -219,8 +219,9 @@ class ModelConfig:
         original = file.with_name("hebatron.json")
         if original.is_file():
             overrides = read_json(original).get("config", {})
-            if not isinstance(overrides, dict):
-                raise ValueError(f"{original}: config must be an object, got {type(overrides).__name__}")
+            if not isinstance(overrides, dict) or overrides.keys() - {"time_step_min"}:
+                got = sorted(overrides)[:5] if isinstance(overrides, dict) else type(overrides).__name__
+                raise ValueError(f"{original}: config must be an object of time_step_min alone, got {got}")
             hub |= overrides
         return ModelConfig.from_hub(hub)
 
@@ -344,7 +345,7 @@ def _check_sizes(c: ModelConfig) -> None:
         value = getattr(c, name)
         _must(value is None or 0 <= value < c.vocab_size, name, f"be in [0, {c.vocab_size})", value)
     for value in c.eos_token_ids:
-        inside = isinstance(value, int) and 0 <= value < c.vocab_size
+        inside = type(value) is int and 0 <= value < c.vocab_size
         _must(inside, "eos_token_id", f"be in [0, {c.vocab_size})", value)
     for kind, check in (("attention", _check_attention), ("mamba", _check_mamba), ("moe", _check_moe)):
         if kind in c.layers_block_type:

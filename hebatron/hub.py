@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ModelConfig, read_json
-from .model import AtLeastFloat32, Experts, Hebatron
+from .model import AtLeastFloat32, Experts, Hebatron, check_dtype
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ORIGINAL = "hebatron.json"  # what an export had to change in config.json; read by ModelConfig.load
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
@@ -61,8 +62,8 @@ def from_pretrained(
 
     Args:
         folder: with config.json and model.safetensors, or an index and its shards.
-        dtype: of the parameters; None: as the embeddings are stored. Decays, step biases and routers are fp32 at
-            least, and are saved in the dtype they came in.
+        dtype: of the parameters; None: as the embeddings are stored, fp16 as fp32. Decays, step biases and routers
+            are fp32 at least.
         device: where to load to; None: the CPU.
 
     Raises:
@@ -72,15 +73,18 @@ def from_pretrained(
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"from_pretrained: folder must be a folder, got {str(folder)!r}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"from_pretrained: dtype must be floating, got {dtype}")
+    if dtype is not None:
+        check_dtype("from_pretrained: dtype", dtype)
     root = root.resolve()
     _plain_file(root, "config.json")
+    if os.path.lexists(root / ORIGINAL):
+        _plain_file(root, ORIGINAL)
     model = Hebatron(ModelConfig.load(root), device="meta")
     expected = {name: tuple(tensor.shape) for name, tensor in hub_tensors(model).items()}
-    shards = _find_shards(root)
-    stored = _check_tensors(root, shards, expected, model.config.tie_word_embeddings)
-    model.to(dtype or stored["backbone.embeddings.weight"]).to_empty(device=device or "cpu")
+    shards, index = _find_shards(root)
+    stored = _check_tensors(root, shards, index, expected, model.config.tie_word_embeddings)
+    own = stored["backbone.embeddings.weight"]
+    model.to(dtype or (torch.float32 if own == torch.float16 else own)).to_empty(device=device or "cpu")
     model.tie()
     kept = kept_names(model)
     model.stored_dtypes = {n: stored[n] for n in kept if stored[n].itemsize < 4}
@@ -111,8 +115,13 @@ def save_pretrained(
     Args:
         model: what to write.
         folder: new or empty.
-        dtype: of the tensors; None: as they are. Those kept at fp32 are written as they came.
+        dtype: of the tensors; None: as they are. Those kept at fp32 are written so, but in a narrower dtype where
+            that is asked for and they came in it.
         shard_bytes: the most a file holds (a larger single tensor is a file of its own).
+
+    Raises:
+        ValueError: the folder is in use, or a weight is NaN or infinite.
+        OSError: a file cannot be written, by its name.
     """
     with _new_folder(folder) as target:
         _write_weights(model, target, dtype, shard_bytes)
@@ -149,7 +158,7 @@ def export_hf(
     with _new_folder(out) as target:
         _write_weights(model, target, dtype, shard_bytes)
         _write_json(target / "config.json", _hub_config(model, dtype) | {"time_step_min": low})
-        _write_json(target / "hebatron.json", {"config": {"time_step_min": config.time_step_min}})
+        _write_json(target / ORIGINAL, {"config": {"time_step_min": config.time_step_min}})
         tokens: dict[str, Any] = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
         tokens["eos_token_id"] = list(config.eos_token_ids) or None
         _write_json(target / "generation_config.json", {n: v for n, v in tokens.items() if v is not None})
@@ -161,9 +170,10 @@ def export_hf(
 # ---- reading
 
 
-def _find_shards(root: Path) -> list[Path]:
+def _find_shards(root: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files, and of which file the index says each tensor is."""
     if (root / SINGLE).exists():
-        return [_plain_file(root, SINGLE)]
+        return [_plain_file(root, SINGLE)], None
     if not (root / INDEX).exists():
         pickles = [
             f.name for f in sorted(root.iterdir()) if f.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
@@ -181,7 +191,7 @@ def _find_shards(root: Path) -> list[Path]:
             raise ValueError(
                 f"{root / INDEX}: weight_map must name .safetensors files of this folder, got {name!r}"
             )
-    return [_plain_file(root, name) for name in sorted(set(weight_map.values()))]
+    return [_plain_file(root, name) for name in sorted(set(weight_map.values()))], weight_map
 
 
 def _plain_file(root: Path, name: str) -> Path:
@@ -229,9 +239,13 @@ def _check_length(file: Path) -> None:
 
 
 def _check_tensors(
-    root: Path, shards: list[Path], expected: dict[str, tuple[int, ...]], tied: bool
+    root: Path,
+    shards: list[Path],
+    index: dict[str, str] | None,
+    expected: dict[str, tuple[int, ...]],
+    tied: bool,
 ) -> dict[str, torch.dtype]:
-    """Compare every name, shape and dtype with the config, before anything is loaded."""
+    """Compare every name, shape and dtype with the config and every place with the index, before anything is loaded."""
     stored: dict[str, torch.dtype] = {}
     problems: list[str] = []
     ignored = 0
@@ -244,8 +258,8 @@ def _check_tensors(
                     ignored += 1
                 elif name not in expected:
                     problems.append(f"{name} is not in this model")
-                elif name in stored:
-                    problems.append(f"{name} is in two shards")
+                elif index is not None and index.get(name) != file.name:
+                    problems.append(f"{name} is in {file.name}, the index says {index.get(name)}")
                 elif shape != expected[name]:
                     problems.append(f"{name} has shape {shape}, the config says {expected[name]}")
                 elif dtype not in FLOATS:
@@ -253,8 +267,10 @@ def _check_tensors(
                 else:
                     stored[name] = FLOATS[dtype]
     named = {problem.split(" ", 1)[0] for problem in problems}
-    optional = {"lm_head.weight"} if tied else set()
-    problems += [f"{name} is missing" for name in expected if name not in stored.keys() | named | optional]
+    promised = [name for name in index or () if not name.startswith("mtp.")]
+    needed = [name for name in expected if name != "lm_head.weight" or not tied]
+    there = stored.keys() | named
+    problems += [f"{name} is missing" for name in dict.fromkeys(needed + promised) if name not in there]
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise ValueError(
@@ -267,7 +283,7 @@ def _check_tensors(
     return stored
 
 
-def _finite(file: Path, name: str, tensor: Tensor) -> Tensor:
+def _finite(file: Path | str, name: str, tensor: Tensor) -> Tensor:
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{file}: {name} must be finite, got NaN or infinity")
     return tensor
@@ -285,10 +301,12 @@ def _hub_config(model: Hebatron, dtype: torch.dtype | None) -> dict[str, Any]:
 
 def _write_weights(model: Hebatron, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
     tensors, kept = hub_tensors(model), kept_names(model)
+    rest = dtype or model.backbone.embeddings.weight.dtype
 
     def written(name: str) -> torch.dtype:
-        own = tensors[name].dtype
-        return model.stored_dtypes.get(name, own) if name in kept else dtype or own
+        if name not in kept:
+            return dtype or tensors[name].dtype
+        return rest if model.stored_dtypes.get(name) == rest else torch.promote_types(rest, torch.float32)
 
     shards: list[list[str]] = [[]]
     room = shard_bytes
@@ -304,7 +322,12 @@ def _write_weights(model: Hebatron, folder: Path, dtype: torch.dtype | None, sha
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # copies, because an expert is a view of a larger tensor; one shard at a time is in memory twice
         copies = {n: tensors[n].to("cpu", written(n), copy=True).contiguous() for n in names}
-        save_file(copies, folder / file, metadata={"format": "pt"})
+        for name, tensor in copies.items():
+            _finite(file, name, tensor)
+        try:
+            save_file(copies, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # how a full disk comes
+            raise OSError(f"{folder / file}: must be written whole, got {error}") from None
         weight_map |= {name: file for name in names}
     if len(shards) > 1:
         total = sum(t.numel() * written(name).itemsize for name, t in tensors.items())

@@ -179,6 +179,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"initializer_range": math.nan}, "initializer_range must be finite, got nan"),
     ({"pad_token_id": 131072}, r"pad_token_id must be in \[0, 131072\), got 131072"),
     ({"eos_token_id": [2, -1]}, r"eos_token_id must be in \[0, 131072\), got -1"),
+    ({"eos_token_id": [True]}, r"eos_token_id must be in \[0, 131072\), got True"),
     ({"conv_kernel": 1}, "conv_kernel must be >= 2, got 1"),
     ({"head_dim": 0}, "head_dim must be >= 1, got 0"),
     ({"moe_latent_size": 0}, "moe_latent_size must be None or >= 1, got 0"),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from model_cases import make_model, random_ids, relative
+from model_cases import make_model, random_ids, relative, shake
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -102,10 +103,48 @@ def test_sensitive_tensors_stay_fp32_in_memory_and_keep_their_dtype_on_disk(tmp_
     assert all(t.dtype == torch.bfloat16 for t in stored(tmp_path / "b").values())
 
 
-def test_fp32_masters_from_a_bfloat16_checkpoint(tmp_path: Path) -> None:
+def test_fp32_masters_from_a_bfloat16_checkpoint_are_saved_as_trained(tmp_path: Path) -> None:
     save_pretrained(make_model(MIXED), tmp_path / "a", torch.bfloat16)
+    save_file({n: t.to(torch.bfloat16) for n, t in stored(tmp_path / "a").items()}, tmp_path / "a" / SINGLE)
     model = Hebatron.from_pretrained(tmp_path / "a", dtype=torch.float32)
     assert all(p.dtype == torch.float32 for p in model.parameters()) and model.compute_dtype == torch.float32
+    shake(model, seed=5)  # training moves every tensor to values bf16 does not have
+    save_pretrained(model, tmp_path / "b")
+    export_hf(model, None, tmp_path / "c", torch.float32)
+    for folder in ("b", "c"):
+        tensors = stored(tmp_path / folder)
+        for name, tensor in hub_tensors(model).items():
+            assert tensors[name].dtype == torch.float32 and torch.equal(tensors[name], tensor), name
+    export_hf(model, None, tmp_path / "d", torch.bfloat16)
+    assert all(t.dtype == torch.bfloat16 for t in stored(tmp_path / "d").values())
+
+
+def test_fp16_checkpoint_is_computed_in_fp32_or_bfloat16(tmp_path: Path) -> None:
+    make_model(MIXED).save_pretrained(tmp_path / "a")
+    halves = {name: t.half() for name, t in stored(tmp_path / "a").items()}
+    save_file(halves, tmp_path / "a" / SINGLE)
+    model = Hebatron.from_pretrained(tmp_path / "a")
+    assert model.compute_dtype == torch.float32
+    assert all(torch.equal(t, halves[name].float()) for name, t in hub_tensors(model).items())
+    assert Hebatron.from_pretrained(tmp_path / "a", dtype=torch.bfloat16).compute_dtype == torch.bfloat16
+    for dtype in (torch.float16, torch.float8_e4m3fn, torch.int64):
+        with pytest.raises(ValueError, match=f"dtype must be float32, bfloat16 or float64, got {dtype}"):
+            Hebatron.from_pretrained(tmp_path / "a", dtype=dtype)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    model = make_model(MIXED)
+    with torch.no_grad():
+        model.backbone.norm_f.weight[3] = 3e38  # finite here, infinite in half precision
+    with pytest.raises(ValueError, match=r"backbone.norm_f.weight must be finite"):
+        save_pretrained(model, tmp_path / "a", torch.float16)
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.A_log[1] = float("nan")
+    with pytest.raises(ValueError, match=r"backbone.layers.0.mixer.A_log must be finite"):
+        model.save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"backbone.layers.0.mixer.A_log must be finite"):
+        export_hf(model, None, tmp_path / "a", torch.float32)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tied_head_is_stored_for_others_and_optional_for_us(tmp_path: Path) -> None:
@@ -281,7 +320,7 @@ def test_truncated_shard_is_refused_with_both_sizes(good: Path) -> None:
         file.write_bytes(content[:keep])
         with pytest.raises(ValueError, match=file.name) as error:
             from_pretrained(good)
-        assert f"got {keep:,}" in str(error.value) or "must be" in str(error.value)
+        assert f"got {keep:,}" in str(error.value)
     file.write_bytes(content + b"x")
     with pytest.raises(
         ValueError, match=rf"must have {len(content):,} bytes by its header, got {len(content) + 1:,}"
@@ -324,6 +363,34 @@ def test_index_may_name_only_plain_files_of_its_folder(good: Path, name: object)
         from_pretrained(good)
 
 
+def test_index_must_agree_with_the_shards(good: Path) -> None:
+    index = json.loads((good / INDEX).read_text())
+    places = index["weight_map"]
+    elsewhere = next(file for file in places.values() if file != places[Q])
+    changes = [
+        (places | {Q: elsewhere}, f"{Q} is in {places[Q]}, the index says {elsewhere}"),
+        ({n: f for n, f in places.items() if n != Q}, f"{Q} is in {places[Q]}, the index says None"),
+        (places | {"surprise": elsewhere}, "got 1 that differ: surprise is missing"),
+    ]
+    for weight_map, message in changes:
+        (good / INDEX).write_text(json.dumps(index | {"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=message):
+            from_pretrained(good)
+    heads = places | {"mtp.layers.0.norm.weight": elsewhere}
+    (good / INDEX).write_text(json.dumps(index | {"weight_map": heads}))
+    from_pretrained(good)
+
+
+def test_same_tensor_in_two_shards_is_refused(good: Path) -> None:
+    first, second = sorted(good.glob("*.safetensors"))[:2]
+    save_file(load_file(second) | {"backbone.embeddings.weight": torch.ones(64, 64)}, second)
+    assert "backbone.embeddings.weight" in load_file(first)
+    with pytest.raises(
+        ValueError, match=f"embeddings.weight is in {second.name}, the index says {first.name}"
+    ):
+        from_pretrained(good)
+
+
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {}}', "null", "{"])
 def test_broken_index_is_refused(good: Path, content: str) -> None:
     (good / INDEX).write_text(content)
@@ -351,6 +418,25 @@ def test_links_must_stay_in_the_folder_or_the_hub_cache(tmp_path: Path) -> None:
     (cache / "snapshots" / "abc" / SINGLE).symlink_to(tmp_path / "outside")
     with pytest.raises(ValueError, match="must not lead out of"):
         from_pretrained(cache / "snapshots" / "abc")
+
+
+def test_kept_original_config_may_say_only_what_an_export_writes(good: Path, tmp_path: Path) -> None:
+    original = good / "hebatron.json"
+    original.write_text('{"config": {"time_step_min": 0.002}}')
+    assert from_pretrained(good).config.time_step_min == 0.002
+    for content in ('{"config": {"layer_norm_epsilon": 0.5}}', '{"config": [1]}', "[]"):
+        original.write_text(content)
+        with pytest.raises(ValueError, match=r"hebatron\.json"):
+            from_pretrained(good)
+    original.unlink()
+    (tmp_path / "outside.json").write_text('{"config": {"time_step_min": 0.002}}')
+    original.symlink_to(tmp_path / "outside.json")
+    with pytest.raises(ValueError, match=r"hebatron.json must not lead out of"):
+        from_pretrained(good)
+    original.unlink()
+    original.symlink_to(tmp_path / "gone.json")
+    with pytest.raises(ValueError, match=r"hebatron.json must be a file, found none"):
+        from_pretrained(good)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "model.pkl"])
@@ -397,6 +483,16 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         patched.setattr("hebatron.hub.save_file", full_disk)
         with pytest.raises(OSError, match="No space left"):
             save_pretrained(model, tmp_path / "b", shard_bytes=60_000)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (30_000, hard)
+    )  # what a full disk is to the writer: a short write
+    try:
+        with pytest.raises(OSError, match=rf"{SINGLE}: must be written whole, got"):
+            save_pretrained(model, tmp_path / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a"]
     (tmp_path / "b").mkdir()
     save_pretrained(model, tmp_path / "b")
