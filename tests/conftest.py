@@ -1,6 +1,10 @@
 import pytest
 import torch
 
+# One thread: the tests' tensors are small, so more threads only wait for one another, and results do not depend on the
+# machine's cores. What depends on threads sets them itself.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _same_start():
