@@ -19,13 +19,15 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 SPECIAL_TOKENS = (PAD, BOS, EOS, *CHAT_TOKENS)  # ids 0, 1, 2, 3, 4
 
 # A word keeps its combining marks (niqqud, cantillation) and, between Hebrew letters, its geresh or
-# gershayim, so that an acronym like tsahal (tsadi, he, ", lamed) is one word. Every digit stands alone: BPE
-# would otherwise learn numbers by frequency. English clitics come off (don|'t); line breaks never join the
-# text after them.
+# gershayim, so that an acronym like tsahal (tsadi, he, ", lamed) is one word; word processors write U+2019 and
+# U+201D for them. An abbreviation keeps the geresh that ends it, where it is a geresh (U+05F3) and cannot be a
+# closing quote. Every digit stands alone: BPE would otherwise learn numbers by frequency. English clitics come
+# off (don|'t); line breaks never join the text after them.
 _WORD_PATTERN = "|".join(
     [
         r"'(?:[sdmt]|ll|ve|re)(?![\p{L}\p{M}])",
-        r" ?[\p{L}\p{M}]+(?:(?<=\p{Hebrew})[\"'\x{05F3}\x{05F4}](?=\p{Hebrew})[\p{L}\p{M}]+)*",
+        r" ?[\p{L}\p{M}]+(?:(?<=\p{Hebrew})[\"'\x{05F3}\x{05F4}\x{2019}\x{201D}](?=\p{Hebrew})[\p{L}\p{M}]+)*"
+        r"(?:(?<=\p{Hebrew})\x{05F3})?",
         r"\p{N}",
         r" ?[^\s\p{L}\p{M}\p{N}]+",
         r"\s*[\r\n]+",

@@ -51,12 +51,15 @@ def test_tokenizer_splits_digits_singly(tokenizer: Tokenizer) -> None:
 
 def test_tokenizer_keeps_marks_and_gershayim_in_words() -> None:
     """Whatever is frequent enough becomes one token exactly if the pre-tokeniser keeps it whole."""
-    words = ["בָּרָא", 'צה"ל', "ג'ירף", "צה״ל", "e\u0301te\u0301"]
+    words = ["בָּרָא", 'צה"ל', "ג'ירף", "צה״ל", "e\u0301te\u0301", "צה\u201dל", "ג\u2019ירף", "וכו\u05f3"]
     trained = train_bpe([f"{word} " for word in words] * 50, 400)
     assert {word: len(trained.encode(word)) for word in words} == dict.fromkeys(words, 1)
-    apart = ["אב־גד", 'x"y', "אב.גד"]  # maqaf, a quote between Latin letters, a full stop: three words
+    apart = ["אב־גד", 'x"y', "אב.גד", "x\u201dy"]  # maqaf, quotes between Latin letters, a full stop
     trained = train_bpe([f"{word} " for word in apart] * 50, 400)
     assert {word: len(trained.encode(word)) for word in apart} == dict.fromkeys(apart, 3)
+    closing = ["אב\u201d", "אב'", "x\u05f3"]  # a quote after a word is not part of it
+    trained = train_bpe([f"{word} " for word in closing] * 50, 400)
+    assert {word: len(trained.encode(word)) for word in closing} == dict.fromkeys(closing, 2)
 
 
 def test_tokenizer_text_never_becomes_a_control_token(tokenizer: Tokenizer) -> None:
