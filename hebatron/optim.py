@@ -11,14 +11,11 @@ from torch import nn
 
 from .runconfig import OptimizerConfig, ScheduleConfig
 
-# Decay would pull these towards zero, where they do not belong whatever their rank: the scan's decay rate,
-# its skip and its step bias carry time scales, and the router's correction bias is not trained by gradient.
-NO_DECAY_NAMES = ("A_log", "D", "dt_bias", "bias", "e_score_correction_bias")
 
-
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: matrices only, never norms, biases or the scan's per-head parameters."""
-    return parameter.ndim >= 2 and name.rsplit(".", 1)[-1] not in NO_DECAY_NAMES and "norm" not in name
+def decays(parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: matrices only. Norms, biases and the scan's rate, skip and step bias are
+    vectors: they carry scales that zero is no home for."""
+    return parameter.ndim >= 2
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -30,8 +27,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     if wrong:
         raise ValueError(f"train: master parameters must be torch.float32, got {', '.join(wrong[:10])}")
     groups = [
-        {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
+        {"params": [p for _, p in named if decays(p)], "weight_decay": config.weight_decay},
+        {"params": [p for _, p in named if not decays(p)], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from hebatron import presets
+from hebatron.model import Hebatron
 from hebatron.optim import build_optimizer, clip_gradients, decays, learning_rate
 from hebatron.runconfig import OptimizerConfig, ScheduleConfig
 
@@ -61,11 +63,9 @@ def test_learning_rate_refuses_a_step_outside_the_run() -> None:
 
 
 def test_decays_only_matrices_outside_norms_and_scan_parameters() -> None:
-    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
-    assert decays("backbone.layers.0.mixer.in_proj.weight", matrix)
-    assert not decays("backbone.layers.0.mixer.conv1d.bias", vector)
-    for name in ("mixer.A_log", "mixer.D", "mixer.dt_bias", "norm.weight", "gate.e_score_correction_bias"):
-        assert not decays(name, matrix)
+    for name, parameter in Hebatron(presets.tiny(300)).named_parameters():
+        scale = "norm" in name or name.rsplit(".", 1)[-1] in ("A_log", "D", "dt_bias", "bias")
+        assert decays(parameter) is not scale, name
 
 
 def test_build_optimizer_has_fp32_state_for_every_parameter_at_step_zero() -> None:
