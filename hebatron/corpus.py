@@ -8,7 +8,6 @@ The folder holds
 
 from __future__ import annotations
 
-import builtins
 import hashlib
 import json
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .files import file_sha256
 from .tokenizer import Tokenizer
 
 FORMAT, VERSION = "hebatron-corpus", 1
@@ -142,11 +142,11 @@ class Corpus:
         start = offset - int(self._starts[shard])
         return self._shards[shard][start : start + length]
 
-    def bytes(self, i: int) -> int:
+    def byte_count(self, i: int) -> int:
         """UTF-8 bytes of document i's text."""
         return int(self._documents["bytes"][i])
 
-    def hash(self, i: int) -> builtins.bytes:
+    def hash(self, i: int) -> bytes:
         """First 16 bytes of the sha256 of document i's text."""
         return self._documents["hash"][i].tobytes()
 
@@ -169,20 +169,20 @@ class Corpus:
         digest = hashlib.sha256(self.fingerprint.encode() + rows.astype("<i8").tobytes()).hexdigest()
         return Corpus(self.index, self._documents[rows], self._shards, digest)
 
-    def split(self, heldout_permille: int) -> tuple[Corpus, Corpus]:
+    def split(self, held_out_permille: int) -> tuple[Corpus, Corpus]:
         """(training view, held-out view): a document's side depends on its own text alone."""
-        if not 0 < heldout_permille < 1000:
+        if not 0 < held_out_permille < 1000:
             raise ValueError(
-                f"Corpus.split: heldout_permille must be between 1 and 999, got {heldout_permille}"
+                f"Corpus.split: held_out_permille must be between 1 and 999, got {held_out_permille}"
             )
         leading = np.ascontiguousarray(self._documents["hash"][:, :8]).view("<u8")[:, 0]
-        heldout = leading % np.uint64(1000) < np.uint64(heldout_permille)
-        if heldout.all() or not heldout.any():
+        held_out = leading % np.uint64(1000) < np.uint64(held_out_permille)
+        if held_out.all() or not held_out.any():
             raise ValueError(
-                f"Corpus.split: heldout_permille must leave documents on both sides, got {heldout_permille} "
-                f"with {int(heldout.sum())} of {len(self)} held out"
+                f"Corpus.split: held_out_permille must leave documents on both sides, got {held_out_permille} "
+                f"with {int(held_out.sum())} of {len(self)} held out"
             )
-        return self.select(~heldout), self.select(heldout)
+        return self.select(~held_out), self.select(held_out)
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -214,8 +214,3 @@ def index_fingerprint(index: dict[str, Any]) -> str:
     """sha256 of what a corpus is; how it was asked for is left out."""
     content = {key: value for key, value in index.items() if key not in ("fingerprint", "request")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -25,8 +25,9 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .corpus import DOCUMENT, FORMAT, VERSION, Corpus, file_sha256, index_fingerprint, read_index
+from .corpus import DOCUMENT, FORMAT, VERSION, Corpus, index_fingerprint, read_index
 from .documents import Document, Ledger, Policy, find_files, read_documents, read_texts, text_hash
+from .files import file_sha256, fsync
 from .tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 20  # text handed to the tokenizer at once
@@ -92,22 +93,28 @@ def prepare(
         "shard_tokens": shard_tokens,
         "files": [[_name(path), file_sha256(path)] for path in files],
     }
-    occupied = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    if occupied and _same_request(out, request, overwrite):
+    if check_out(out) and _same_request(out, request, overwrite):
         return _report(Corpus.open(out, tokenizer), out, began, reused=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    old = scratch / "old"
     try:
         folder = scratch / "corpus"
         folder.mkdir()
         ledger = Ledger()
         _write(folder, read_documents(files, policy, ledger), tokenizer, ledger, request, shard_tokens)
-        if out.exists():
-            out.rename(scratch / "old")  # a crash between these two lines leaves the old corpus in `scratch`
-        folder.rename(out)
-        _fsync(out.parent)
+        try:
+            if out.exists():
+                out.rename(old)  # killed between these two lines, the old corpus stays in `scratch`
+            folder.rename(out)
+        except BaseException:
+            if old.exists() and not out.exists():
+                old.rename(out)
+            raise
+        fsync(out.parent)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if out.exists() or not old.exists():  # never the only copy of a corpus
+            shutil.rmtree(scratch, ignore_errors=True)
     return _report(Corpus.open(out, tokenizer, verify=False), out, began, reused=False)
 
 
@@ -116,10 +123,17 @@ def _name(path: Path) -> str:
     return f"{path.absolute().parent.name}/{path.name}" if path.suffix == ".txt" else path.name
 
 
-def _same_request(out: Path, request: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `out` is the answer to `request` already; raises if it must not be replaced."""
+def check_out(out: Path) -> bool:
+    """Whether `out` holds a corpus; raises if it holds anything else, which `prepare` would not replace."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
     if not (out / "index.json").is_file():
         raise ValueError(f"prepare: out must be a new folder or an earlier corpus, got {out}")
+    return True
+
+
+def _same_request(out: Path, request: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the corpus `out` is the answer to `request` already; raises if it must not be replaced."""
     if overwrite:
         read_index(out)  # only a corpus is ever deleted
         return False
@@ -267,7 +281,7 @@ def _write(
         json.dump(index, text, ensure_ascii=False, indent=1)
         text.flush()
         os.fsync(text.fileno())
-    _fsync(folder)
+    fsync(folder)
 
 
 def _count(table: npt.NDArray[Any], column: str, names: list[str]) -> Counts:
@@ -276,11 +290,3 @@ def _count(table: npt.NDArray[Any], column: str, names: list[str]) -> Counts:
 
     columns = zip(names, total(None), total(table["length"]), total(table["bytes"]), strict=True)
     return {name: {"documents": d, "tokens": t, "bytes": b} for name, d, t, b in columns}
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

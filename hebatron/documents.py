@@ -173,7 +173,8 @@ def _parse(raw: bytes, path: Path, policy: Policy) -> Document:
     if policy.text_field not in record:
         raise _BadDocument("no text", f'must have a field "{policy.text_field}", got {sorted(record)[:8]}')
     for name in (policy.text_field, "source", "lang"):
-        if not isinstance(record.get(name, ""), str):
+        missing = record.get(name) is None and name != policy.text_field  # null: as if it were not there
+        if not missing and not isinstance(record[name], str):
             got = type(record[name]).__name__
             raise _BadDocument("field not a string", f'must have a string in "{name}", got {got}')
     stem = path.name.removesuffix(".zst").removesuffix(".jsonl")

@@ -1,12 +1,13 @@
-"""Bits per byte of held-out text, by source: comparable between tokenizers, and the measure of forgetting."""
+"""Bits per byte of held-out text, by source: the measure of learning and of forgetting."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .corpus import Corpus
 from .model import Hebatron
@@ -17,22 +18,25 @@ def bits_per_byte(
 ) -> dict[str, float]:
     """Sum of the tokens' negative log2-likelihood over the documents' UTF-8 bytes, for each source of `corpus`.
 
-    Every document stands alone (packed, isolated by cu_seqlens) and is scored whole, its end-of-text token
-    included. Its first token has no context and is not scored, as in training: the figure is low by that
-    token's bits, equally for every model with the same tokenizer.
+    Every document stands alone (packed, isolated by cu_seqlens), its end-of-text token included. One longer than
+    the model's max_position_embeddings is scored in pieces of that length that know nothing of each other. The
+    first token has no context and is not scored, as in training, though its bytes count: the figure is low by that
+    token's bits, equally for every model with the same tokenizer. Across tokenizers it is not exact: where
+    documents are short, the tokenizer with the longer first token looks better than it is.
 
     Args:
         corpus: usually the held-out view of `Corpus.split`.
         max_tokens: per source, at most this many tokens: documents in the order of their text hash, those that
-            would pass the limit left out, but at least one. None: all.
-        batch_tokens: of one forward; a longer document is a forward of its own.
+            would pass the limit left out. Where not one fits, the first is read up to the limit and its bytes are
+            counted in that proportion. None: all.
+        batch_tokens: of one forward; a longer document, or piece of one, is a forward of its own.
     Returns: source to bits per byte, sources in the corpus's order. The model is left as it was found: mode,
         counts, gradients and random generators.
     """
-    if batch_tokens < 1 or (max_tokens is not None and max_tokens < 1):
-        raise ValueError(
-            f"bits_per_byte: batch_tokens and max_tokens must be >= 1, got {batch_tokens}, {max_tokens}"
-        )
+    if batch_tokens < 1:
+        raise ValueError(f"bits_per_byte: batch_tokens must be >= 1, got {batch_tokens}")
+    if max_tokens is not None and max_tokens < 2:  # one to read and one to predict
+        raise ValueError(f"bits_per_byte: max_tokens must be None or >= 2, got {max_tokens}")
     was_training = model.training
     model.eval()
     try:
@@ -45,33 +49,33 @@ def bits_per_byte(
         model.train(was_training)
 
 
-def choose_documents(corpus: Corpus, max_tokens: int | None = None) -> dict[str, list[int]]:
-    """The documents scored for each source: in hash order, so the same whatever order they were prepared in."""
+def choose_documents(corpus: Corpus, max_tokens: int | None = None) -> dict[str, list[tuple[int, int]]]:
+    """(document, tokens read of it) to be scored for each source: in hash order, so the same whatever order they
+    were prepared in."""
     by_source: dict[str, list[int]] = {}
     for i in sorted(range(len(corpus)), key=corpus.hash):
         by_source.setdefault(corpus.source(i), []).append(i)
     lengths = corpus.lengths
-    chosen: dict[str, list[int]] = {}
+    chosen: dict[str, list[tuple[int, int]]] = {}
     for source in sorted(by_source, key=corpus.sources.index):
-        kept: list[int] = []
+        kept: list[tuple[int, int]] = []
         total = 0
         for i in by_source[source]:
             length = int(lengths[i])
-            if not kept or max_tokens is None or total + length <= max_tokens:
-                kept.append(i)
+            if max_tokens is None or total + length <= max_tokens:
+                kept.append((i, length))
                 total += length
-        chosen[source] = kept
+        chosen[source] = kept or [(by_source[source][0], max_tokens or 0)]
     return chosen
 
 
-def _score(model: Hebatron, corpus: Corpus, documents: Sequence[int], batch_tokens: int) -> float:
+def _score(model: Hebatron, corpus: Corpus, documents: Sequence[tuple[int, int]], batch_tokens: int) -> float:
     nats = 0.0
-    for batch in _batches(corpus, documents, batch_tokens):
+    for batch in _batches(_pieces(model, corpus, documents), batch_tokens):
         # (input, target) pairs as in training: the end-of-text token is a target and never an input
-        tokens = [torch.from_numpy(corpus.tokens(i).astype(np.int64)) for i in batch]
-        ids_T = torch.cat([t[:-1] for t in tokens])
-        labels_T = torch.cat([t[1:] for t in tokens])
-        cu_seqlens = torch.tensor([0, *(len(t) - 1 for t in tokens)]).cumsum(0).to(torch.int32)
+        ids_T = torch.cat([piece[:-1] for piece in batch])
+        labels_T = torch.cat([piece[1:] for piece in batch])
+        cu_seqlens = torch.tensor([0, *(len(piece) - 1 for piece in batch)]).cumsum(0).to(torch.int32)
         output = model(
             ids_T.to(model.device),
             cu_seqlens=cu_seqlens.to(model.device),
@@ -79,18 +83,27 @@ def _score(model: Hebatron, corpus: Corpus, documents: Sequence[int], batch_toke
             loss_reduction="sum",
         )
         nats += float(output.loss)
-    return nats / math.log(2) / sum(corpus.bytes(i) for i in documents)
+    lengths = corpus.lengths
+    return nats / math.log(2) / sum(corpus.byte_count(i) * read / int(lengths[i]) for i, read in documents)
 
 
-def _batches(corpus: Corpus, documents: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    batch: list[int] = []
+def _pieces(model: Hebatron, corpus: Corpus, documents: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    """Tokens of each document in pieces the model can take; a piece begins with the last one's last target."""
+    longest = model.config.max_position_embeddings
+    for i, read in documents:
+        tokens = torch.from_numpy(corpus.tokens(i)[:read].astype(np.int64))
+        for start in range(0, read - 1, longest):
+            yield tokens[start : start + longest + 1]
+
+
+def _batches(pieces: Iterable[Tensor], batch_tokens: int) -> Iterator[list[Tensor]]:
+    batch: list[Tensor] = []
     total = 0
-    for i in documents:
-        length = len(corpus.tokens(i))
-        if batch and total + length > batch_tokens:
+    for piece in pieces:
+        if batch and total + len(piece) > batch_tokens:
             yield batch
             batch, total = [], 0
-        batch.append(i)
-        total += length
+        batch.append(piece)
+        total += len(piece)
     if batch:
         yield batch

@@ -66,7 +66,7 @@ def test_prepare_keeps_every_document(tokenizer: Tokenizer, tmp_path: Path) -> N
         assert tokens.tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
         assert tokens.dtype == np.uint16 and not tokens.flags.writeable
         assert tokenizer.decode(tokens[:-1].tolist()) == text
-        assert corpus.bytes(i) == len(text.encode("utf-8"))
+        assert corpus.byte_count(i) == len(text.encode("utf-8"))
         assert corpus.hash(i) == hebatron.documents.text_hash(text)
     assert [corpus.source(i) for i in range(7)] == [
         "he-0",
@@ -83,7 +83,7 @@ def test_prepare_keeps_every_document(tokenizer: Tokenizer, tmp_path: Path) -> N
     assert report.by_source["he-1"] == {
         "documents": 2,
         "tokens": int(corpus.lengths[[1, 3]].sum()),
-        "bytes": corpus.bytes(1) + corpus.bytes(3),
+        "bytes": corpus.byte_count(1) + corpus.byte_count(3),
     }
     assert sum(counts["tokens"] for counts in report.by_lang.values()) == report.tokens
     assert (report.read, report.dropped, report.reused) == (7, {}, False)
@@ -181,7 +181,7 @@ def test_prepare_document_of_one_endless_word(tokenizer: Tokenizer, tmp_path: Pa
     path = write_jsonl(tmp_path / "a.jsonl.zst", [{"text": text}, {"text": "אחרי"}])
     report = prepare([path], tmp_path / "out", tokenizer)
     assert report.bytes == 2_000_000 + 8
-    assert Corpus.open(tmp_path / "out").bytes(0) == 2_000_000
+    assert Corpus.open(tmp_path / "out").byte_count(0) == 2_000_000
 
 
 def test_zstd_stream_reads_frames_and_long_lines(tmp_path: Path) -> None:
@@ -332,6 +332,43 @@ def test_prepare_failure_keeps_the_old_corpus(tokenizer: Tokenizer, tmp_path: Pa
     assert files_below(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("failing", ["corpus", "old"])
+def test_prepare_interrupted_while_replacing_keeps_the_old_corpus(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    files = write_inputs(tmp_path / "in")
+    prepare(files, tmp_path / "out", tokenizer)
+    before = files_below(tmp_path / "out")
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if (
+            path.name == failing
+        ):  # the new corpus to its place; or, with the old one out of the way, back again
+            raise KeyboardInterrupt
+        if failing == "old" and path.name == "corpus":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(files[:1], tmp_path / "out", tokenizer, overwrite=True)
+    if failing == "corpus":
+        assert files_below(tmp_path / "out") == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+    else:  # not even put back: it is still there
+        (scratch,) = tmp_path.glob(".out.*")
+        assert files_below(scratch / "old") == before
+
+
+def test_prepare_takes_null_source_and_lang_as_absent(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": HEBREW[0], "source": None, "lang": None}])
+    prepare([path], tmp_path / "out", tokenizer)
+    corpus = Corpus.open(tmp_path / "out")
+    assert (corpus.sources, corpus.langs) == (["a"], ["und"])
+
+
 def test_corpus_open_notices_every_flipped_byte(tokenizer: Tokenizer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(write_inputs(tmp_path / "in"), out, tokenizer)
@@ -434,7 +471,7 @@ def test_corpus_split_depends_on_each_text_alone(tokenizer: Tokenizer, tmp_path:
     assert not hashes(train) & hashes(heldout)
     assert hashes(Corpus.open(tmp_path / "b").split(100)[1]) <= hashes(heldout)
     for bad in (0, 1000):
-        with pytest.raises(ValueError, match="heldout_permille must be between 1 and 999"):
+        with pytest.raises(ValueError, match="held_out_permille must be between 1 and 999"):
             train.split(bad)
     with pytest.raises(ValueError, match="must leave documents on both sides, got 1 with 0 of 2 held out"):
         train.select([0, 1]).split(1)

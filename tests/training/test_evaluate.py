@@ -1,7 +1,9 @@
 """Bits per byte: equal to each document alone, whatever the packing, and it leaves no trace."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from toy import write_corpora
@@ -58,17 +60,53 @@ def test_bits_per_byte_restores_the_mode_after_an_error(model: Hebatron, corpus:
 
 def test_choose_documents_goes_by_hash_not_by_place(corpus: Corpus) -> None:
     turned = corpus.select(list(range(len(corpus)))[::-1])
-    for limit in (None, 100, 1):
-        ours = [corpus.hash(i) for i in choose_documents(corpus, limit)["he"]]
-        theirs = [turned.hash(i) for i in choose_documents(turned, limit)["he"]]
-        assert ours == theirs == sorted(ours)
-        total = sum(len(corpus.tokens(i)) for i in choose_documents(corpus, limit)["he"])
-        assert len(ours) == {None: len(corpus), 1: 1}.get(limit, len(ours))
-        assert limit in (None, 1) or total <= limit
+    for limit in (None, 100, 2):
+        chosen = choose_documents(corpus, limit)["he"]
+        ours = [(corpus.hash(i), read) for i, read in chosen]
+        assert ours == [(turned.hash(i), read) for i, read in choose_documents(turned, limit)["he"]]
+        assert ours == sorted(ours)
+        assert len(ours) == {None: len(corpus), 2: 1}.get(limit, len(ours))
+        assert limit is None or sum(read for _, read in chosen) <= limit
+
+
+def test_choose_documents_passes_over_a_first_one_that_is_too_long(corpus: Corpus) -> None:
+    order = sorted(range(len(corpus)), key=corpus.hash)
+    lengths = corpus.lengths[order]
+    longer = int(np.argmax(lengths[:-1] > lengths[1:]))  # followed by a shorter one
+    view = corpus.select(order[longer:])
+    ((first, read),) = choose_documents(view, int(lengths[longer + 1]))["he"]
+    assert first != 0 and read == view.lengths[first]
+
+
+def test_bits_per_byte_of_a_long_document_stays_within_max_tokens(
+    model: Hebatron, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = corpus.select([0])
+    length, read = int(one.lengths[0]), 7
+    tokens = torch.from_numpy(one.tokens(0).astype("int64"))
+    with torch.no_grad():
+        logits_LV = model(tokens[None, : read - 1]).logits[0]
+    nats = -float(logits_LV.log_softmax(-1).gather(1, tokens[1:read, None]).sum())
+    expected = nats / math.log(2) / (one.num_bytes * read / length)
+    assert bits_per_byte(model, one, max_tokens=read) == pytest.approx({"he": expected}, rel=1e-5)
+
+
+def test_bits_per_byte_cuts_a_document_longer_than_the_model_takes(corpus: Corpus) -> None:
+    short = Hebatron(replace(presets.tiny(320), max_position_embeddings=8), seed=3)
+    one = corpus.select([0])
+    tokens = torch.from_numpy(one.tokens(0).astype("int64"))
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, 8):  # every pair once
+        piece = tokens[start : start + 9]
+        with torch.no_grad():
+            logits_LV = short(piece[None, :-1]).logits[0]
+        nats -= float(logits_LV.log_softmax(-1).gather(1, piece[1:, None]).sum())
+    expected = nats / math.log(2) / one.num_bytes
+    assert bits_per_byte(short, one) == pytest.approx({"he": expected}, rel=1e-5)
 
 
 def test_bits_per_byte_refuses_an_empty_budget(model: Hebatron, corpus: Corpus) -> None:
-    with pytest.raises(ValueError, match="must be >= 1, got 0, None"):
+    with pytest.raises(ValueError, match="batch_tokens must be >= 1, got 0"):
         bits_per_byte(model, corpus, batch_tokens=0)
-    with pytest.raises(ValueError, match="must be >= 1, got 8192, 0"):
-        bits_per_byte(model, corpus, max_tokens=0)
+    with pytest.raises(ValueError, match="max_tokens must be None or >= 2, got 1"):
+        bits_per_byte(model, corpus, max_tokens=1)
