@@ -3,7 +3,7 @@
     run_dir/checkpoints/step-000123/
         model.safetensors      parameters (fp32 masters) and persistent buffers, by the module's names
         optimizer.safetensors  "<parameter>.<state>", for example "lm_head.weight.exp_avg"
-        state.json             step, plan hash, resolved configuration, random generator
+        state.json             step, plan hash, resolved configurations of run and model, random generator
         manifest.json          size and sha256 of the three files above
 
 A folder is written under a temporary name, every file and the folder are fsynced, then it is renamed and
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -29,6 +28,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from .files import file_sha256, fsync
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -50,7 +51,18 @@ class CheckpointError(ValueError):
 def save_checkpoint(
     root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 ) -> Path:
-    """Write checkpoint `step` under `root`; durable when this returns. An intact one of that step is kept."""
+    """Write checkpoint `step` under `root`; durable when this returns. An intact one of that step is kept.
+
+    Raises CheckpointError, before anything is written, when a tensor is not finite: the older checkpoints are the
+    only good state then. Raises OSError naming the file when the disk is full; nothing half-written is left.
+    """
+    tensors = {MODEL: model_tensors(model), OPTIMIZER: _optimizer_tensors(model, optimizer)}
+    wrong = [name for group in tensors.values() for name, tensor in group.items() if not _finite(tensor)]
+    if wrong:
+        shown = ", ".join(wrong[:MAX_NAMES_SHOWN])
+        raise CheckpointError(
+            f"checkpoint: step {step} must be finite to be saved, got NaN or Inf in {shown}"
+        )
     final = root / f"step-{step:06d}"
     root.mkdir(parents=True, exist_ok=True)
     remove_stale(root)
@@ -62,19 +74,38 @@ def save_checkpoint(
         else:
             return final
     tmp = root / f"{_TMP_PREFIX}{final.name}"
-    tmp.mkdir()
-    save_file(_detached(model_tensors(model)), tmp / MODEL)
-    save_file(_detached(_optimizer_tensors(model, optimizer)), tmp / OPTIMIZER)
     record = {"format": FORMAT, "step": step, "rng": _rng_to_json(), **state}
-    (tmp / STATE).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    files = {name: _entry(tmp / name) for name in (MODEL, OPTIMIZER, STATE)}
-    (tmp / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1), encoding="utf-8")
-    for name in (*files, MANIFEST):
-        _fsync(tmp / name)
-    _fsync(tmp)
-    os.rename(tmp, final)
-    _fsync(root)
+    try:
+        tmp.mkdir()
+        for name, group in tensors.items():
+            _write_tensors(tmp / name, group)
+        (tmp / STATE).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        files = {name: _entry(tmp / name) for name in (MODEL, OPTIMIZER, STATE)}
+        manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
+        (tmp / MANIFEST).write_text(manifest, encoding="utf-8")
+        for name in (*files, MANIFEST):
+            fsync(tmp / name)
+        fsync(tmp)
+        os.rename(tmp, final)
+    except OSError as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        error.filename = error.filename or str(tmp)
+        raise
+    fsync(root)
     return final
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # what safetensors makes of a full disk: "... (os error 28)"
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def remove_old(root: Path, step: int, keep_last: int) -> None:
@@ -110,25 +141,8 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return tensors
 
 
-def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-
-
 def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 # ---------------------------------------------------------------- reading
@@ -188,7 +202,7 @@ def verify(folder: Path) -> None:
         size = path.stat().st_size
         if size != expected[0]:
             raise CheckpointError(f"checkpoint: {path} must have {expected[0]} bytes, got {size}")
-        if (digest := _sha256(path)) != expected[1]:
+        if (digest := file_sha256(path)) != expected[1]:
             raise CheckpointError(f"checkpoint: {path} must have sha256 {expected[1]}, got {digest}")
 
 
@@ -240,6 +254,16 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     return state
 
 
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Verify `folder`, then put its weights into `model`: all that generation and evaluation need."""
+    verify(folder)
+    targets = model_tensors(model)
+    weights = _read_tensors(folder / MODEL, targets)
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(weights[name])
+
+
 def _read_tensors(path: Path, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -254,7 +278,7 @@ def _read_tensors(path: Path, targets: Mapping[str, Tensor]) -> dict[str, Tensor
                         f"{name} must be {tuple(target.shape)} {target.dtype}, "
                         f"got {tuple(tensor.shape)} {tensor.dtype}"
                     )
-                elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                elif not _finite(tensor):
                     wrong.append(f"{name} must be finite, got NaN or Inf")
                 loaded[name] = tensor
     except SafetensorError as error:

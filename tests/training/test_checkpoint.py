@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
 import shutil
 import sys
 import time
@@ -25,6 +26,7 @@ from hebatron.checkpoint import (
     CheckpointError,
     checkpoints,
     load_checkpoint,
+    load_weights,
     newest_valid,
     remove_old,
     run_lock,
@@ -92,6 +94,27 @@ def test_save_checkpoint_keeps_an_intact_one_and_replaces_a_damaged_one(tmp_path
     (folder / MODEL).write_bytes(b"")
     saved(tmp_path)
     checkpoint.verify(folder)
+
+
+def test_save_checkpoint_refuses_what_is_not_finite(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    for spoil in ("weight", "buffer", "moment"):
+        model, optimizer = trained()
+        moment = optimizer.state[model.head.bias]["exp_avg"]
+        target = {"weight": model.head.bias.data, "buffer": model.router_bias, "moment": moment}[spoil]
+        target[1] = torch.inf
+        with pytest.raises(CheckpointError, match="step 2 must be finite to be saved, got NaN or Inf in"):
+            save_checkpoint(tmp_path, 2, model, optimizer, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_load_weights_reads_no_optimizer(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    model, rng = Toy(), torch.get_rng_state()
+    load_weights(folder, model)
+    expected = load_file(folder / MODEL)
+    assert all(torch.equal(expected[name], t) for name, t in checkpoint.model_tensors(model).items())
+    assert torch.equal(torch.get_rng_state(), rng)
 
 
 def test_remove_old_keeps_the_newest(tmp_path: Path) -> None:
@@ -328,8 +351,22 @@ def test_save_checkpoint_keeps_the_old_one_when_the_disk_is_full(
         patch.setattr(checkpoint, "save_file", full)
         with pytest.raises(OSError, match="No space left"):
             saved(tmp_path, 2)
-    assert newest_valid(tmp_path)[0] == old
+    assert newest_valid(tmp_path)[0] == old and list(tmp_path.iterdir()) == [old]
     assert saved(tmp_path, 2).name == "step-000002"
+
+
+def test_save_checkpoint_names_the_file_and_cleans_up_when_a_write_fails(tmp_path: Path) -> None:
+    """safetensors reports a full disk in its own way; a limit on the size of files has the same effect."""
+    old = saved(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            saved(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename.endswith(MODEL)
+    assert [path.name for path in tmp_path.iterdir()] == [old.name]
 
 
 def save_forever(root: Path, ready: Connection) -> None:
