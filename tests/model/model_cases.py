@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hebatron import Hebatron, ModelConfig
+from hebatron import Hebatron, ModelConfig, presets
+
+CONFIG = presets.tiny().replace(
+    layers_block_type=("mamba", "moe", "attention", "mlp", "moe"), intermediate_size=48
+)
+MIXED = presets.tiny().replace(
+    layers_block_type=("mamba", "moe", "attention", "mlp"),
+    intermediate_size=48,
+    moe_latent_size=24,
+    n_routed_experts=4,
+)
 
 
 def random_config(seed: int) -> ModelConfig:
@@ -82,3 +94,11 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     assert got.shape == wanted.shape, (got.shape, wanted.shape)
     assert torch.isfinite(got).all() and torch.isfinite(wanted).all()
     return ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+
+
+def ends(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
