@@ -233,9 +233,25 @@ class _Cutter:
             math.floor(phase.anchor_share * rows + 0.5)
             for phase, rows in zip(curriculum.phases, self.num_rows, strict=True)
         ]
+        for phase, rows, anchors in zip(curriculum.phases, self.num_rows, self.num_anchors, strict=True):
+            if phase.anchor_share > 0 and not anchors:
+                raise ValueError(
+                    f"build_plan: phase {phase.name!r} must have a row for its anchor_share "
+                    f"{phase.anchor_share}, got none among {rows} rows; raise tokens or anchor_share"
+                )
         self.own_rows = [self._cut_phase(i) for i in range(len(curriculum.phases))]
         lengths = dict.fromkeys(phase.seq_len for phase in curriculum.phases)
         self.anchor_rows = {seq_len: iter(self._cut_anchor(seq_len).tolist()) for seq_len in lengths}
+        lost = [
+            name
+            for name, weight in curriculum.anchor.items()
+            if weight > 0 and any(self.num_anchors) and ("anchor", name) not in self.streams
+        ]
+        if lost:
+            raise ValueError(
+                f"build_plan: anchor must have a row for every source of weight > 0, got none for {lost[0]!r} "
+                f"among {sum(self.num_anchors)} anchor rows; raise tokens or drop the source"
+            )
 
     def _cut(self, role: str, name: str, rows: int, seq_len: int) -> _Stream:
         if (role, name) not in self.streams:
@@ -272,7 +288,8 @@ class _Cutter:
         shares = _share_out(wanted, self.curriculum.anchor) if wanted else {}
         numbers = self.table.rows + _spread(list(shares.values()))
         for name, share in shares.items():
-            self._cut("anchor", name, share, seq_len)
+            if share:
+                self._cut("anchor", name, share, seq_len)
         return numbers
 
     def place(self, i: int) -> tuple[Int64s, npt.NDArray[np.bool_]]:

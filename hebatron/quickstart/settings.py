@@ -102,6 +102,7 @@ def resume_config(settings: Settings, out: Path, seed: int, name: str) -> RunCon
         config,
         run_dir=out / "resume_check" / name,
         phases=phases,
+        anchor={"text/english": 1.0},  # one row a phase, too few for both sources
         data=replace(config.data, held_out=()),
         training=replace(
             config.training,

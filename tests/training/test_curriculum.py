@@ -212,7 +212,7 @@ def test_plan_steps_cover_all_rows_in_order(corpora: dict[str, Corpus]) -> None:
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize(
-    "shares", [(0.3, 0.2, 0.1), (0.5, 0.013, 0.333), (0.9, 0.0, 0.7), (0.001, 0.6, 0.05)], ids=str
+    "shares", [(0.3, 0.2, 0.1), (0.5, 0.013, 0.333), (0.9, 0.0, 0.7), (0.02, 0.6, 0.05)], ids=str
 )
 def test_plan_every_prefix_keeps_the_anchor_share(
     corpora: dict[str, Corpus], shares: tuple[float, ...], order: Any
@@ -421,6 +421,16 @@ def test_build_plan_errors(corpora: dict[str, Corpus], monkeypatch: pytest.Monke
             ({"easy": 1.0}, {"base": 1.0}),
             {"tokens": 10, "anchor_share": 0.9},
             "phase 'p' must have .* got none for 'easy' among 1 rows",
+        ),
+        (
+            ({"easy": 1.0}, {"base": 1.0}),
+            {"anchor_share": 0.01},
+            "phase 'p' must have a row for its anchor_share 0.01, got none among 40 rows",
+        ),
+        (
+            ({"easy": 1.0}, {"base/english": 1.0, "base/code": 0.01}),
+            {},
+            "anchor must have a row for every source of weight > 0, got none for 'base/code' among 10 anchor",
         ),
         (
             ({"hard/notes": 1.0},),
