@@ -137,11 +137,17 @@ def load_bars(counts: Sequence[int], width: int = 64) -> str:
 
 def printable(text: str) -> str:
     """Text with control characters made visible: a model's output must not drive the terminal."""
-    return "".join(c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf") else "\ufffd" for c in text)
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(c if c == "\n" or unicodedata.category(c) not in hidden else "\ufffd" for c in text)
+
+
+def printable_name(name: str) -> str:
+    """A source's or phase's name, which comes out of a file, on one line."""
+    return printable(name).replace("\n", "\ufffd")
 
 
 def bpb_text(bpb: dict[str, float]) -> str:
-    return "  ".join(f"{source} {value:.3f}" for source, value in bpb.items())
+    return "  ".join(f"{printable_name(source)} {value:.3f}" for source, value in bpb.items())
 
 
 class Reporter(Protocol):
@@ -169,7 +175,7 @@ class PlainReporter:
         return None
 
     def note(self, text: str) -> None:
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
     def step(self, record: Record, load: Sequence[Sequence[int]]) -> None:
         step, time = record["step"], record["time"]
@@ -178,7 +184,7 @@ class PlainReporter:
         loss = "skipped, gradient not finite" if record["skipped"] else f"loss {record['loss']:.4f}"
         percent = 100 * step / self.total_steps
         self.note(
-            f"step {step}/{self.total_steps} ({percent:.0f}%)  {record['phase']}  {loss}  "
+            f"step {step}/{self.total_steps} ({percent:.0f}%)  {printable_name(record['phase'])}  {loss}  "
             f"lr {record['lr']:.2e}  {time['tokens_per_s']:,.0f} tok/s  ETA {duration(time['eta_s'])}"
         )
 
@@ -186,7 +192,7 @@ class PlainReporter:
         if record["kind"] == "eval":
             self.note(f"step {record['step']}  bits per byte: {bpb_text(record['bpb'])}")
         elif record["kind"] == "sample":
-            self.note(f"step {record['step']}  sample:\n{printable(record['prompt'] + record['text'])}")
+            self.note(f"step {record['step']}  sample:\n{record['prompt'] + record['text']}")
 
 
 class LiveReporter:
@@ -215,8 +221,10 @@ class LiveReporter:
             self.live.__exit__(kind, error, trace)
 
     def note(self, text: str) -> None:
+        from rich.text import Text
+
         if self.live is not None:
-            self.live.console.print(text, markup=False)
+            self.live.console.print(Text(printable(text)))
 
     def step(self, record: Record, load: Sequence[Sequence[int]]) -> None:
         self.last, self.load = record, load
@@ -247,17 +255,19 @@ class LiveReporter:
         head = Table.grid(padding=(0, 2))
         head.add_row(
             f"step {last['step']}/{self.total_steps}",
-            f"[bold]{last['phase']}[/]",
+            Text(printable_name(last["phase"]), "bold"),
             f"ETA {duration(time['eta_s'])}",
             f"{time['tokens_per_s']:,.0f} tok/s",
             f"lr {last['lr']:.2e}",
-            f"grad {last['grad_norm']:.2f}" if last["grad_norm"] is not None else "[red]grad not finite[/]",
+            f"grad {last['grad_norm']:.2f}"
+            if last["grad_norm"] is not None
+            else Text("grad not finite", "red"),
         )
         body = Table.grid(padding=(0, 2))
         if self.losses:
             body.add_row("loss", f"{self.losses[-1]:.4f}", sparkline(self.losses))
         for source, values in self.bpb.items():
-            body.add_row(f"bpb {source}", f"{values[-1]:.3f}", sparkline(values[-60:]))
+            body.add_row(Text(f"bpb {printable_name(source)}"), f"{values[-1]:.3f}", sparkline(values[-60:]))
         for layer, (stats, counts) in enumerate(zip(last["router"], self.load, strict=True)):
             body.add_row(
                 f"experts {layer}",
@@ -273,7 +283,7 @@ class LiveReporter:
                 Text(f"sample at step {self.sample['step']}:"),
                 Text(printable(self.sample["prompt"] + self.sample["text"])),
             ]
-        return Panel(Group(*parts), title=self.title)
+        return Panel(Group(*parts), title=Text(printable_name(self.title)))
 
 
 def sparkline(values: Sequence[float] | deque[float]) -> str:

@@ -154,6 +154,22 @@ def test_live_reporter_shows_loss_sources_phase_and_expert_loads() -> None:
         reporter.note("a note [b]")
 
 
+def test_reporters_show_names_as_they_are_and_never_obey_them(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a/b [/x] [red]\n\u202e\x1b[2J"
+    shown = "a/b [/x] [red]\ufffd\ufffd\ufffd[2J"
+    record, event = step(1, phase=name), {**EVAL, "bpb": {name: 2.0}}
+    live = LiveReporter(total_steps=4, title=name)
+    plain = PlainReporter(total_steps=4, every=1)
+    for reporter in (live, plain):
+        reporter.step(record, [[3, 1, 0, 4]])
+        reporter.event(event)
+    console = Console(file=io.StringIO(), width=160, record=True)
+    console.print(live._panel(record))
+    assert console.export_text().count(shown) == 3  # title, phase, source
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(shown in line for line in lines)
+
+
 def test_printable_shows_control_characters_instead_of_sending_them() -> None:
     assert printable("א\x1b[2J\u202eב\nג") == "א\ufffd[2J\ufffdב\nג"
 
