@@ -8,11 +8,15 @@ are refused with "did you mean", and every error names the place: `phases[1].tok
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
+import io
+import itertools
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -26,9 +30,11 @@ from .presets import PRESETS
 
 CONDITIONS: dict[str, Callable[[Any], bool]] = {
     "> 0": lambda value: value > 0,
+    "> 1": lambda value: value > 1,
     ">= 0": lambda value: value >= 0,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in [0, 1000)": lambda value: 0 <= value < 1000,
+    "in [0, 2**63)": lambda value: 0 <= value < 2**63,
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "not empty": lambda value: len(value) > 0,
 }
@@ -70,7 +76,7 @@ class DataConfig:
     held_out: tuple[CorpusConfig, ...] = field(
         default=(), metadata={"hashed": False}
     )  # whole folders, besides
-    held_out_tokens: int = _checked(20_000, "> 0", hashed=False)  # evaluated per source, the first by hash
+    held_out_tokens: int = _checked(20_000, "> 1", hashed=False)  # evaluated per source, the first by hash
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class TrainingConfig:
     tokens_per_microbatch: int = _checked(4096, "> 0")  # of one forward and backward
     router_aux_coefficient: float = _checked(1e-4, ">= 0")
     router_bias_rate: float = _checked(1e-3, ">= 0")
-    seed: int = _checked(0, ">= 0")  # of fresh weights, the plan and samples
+    seed: int = _checked(0, "in [0, 2**63)")  # of fresh weights, the plan and samples
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     checkpoint_every: int = _checked(200, "> 0", hashed=False)
     keep_last: int = _checked(2, "> 0", hashed=False)
@@ -150,13 +156,40 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     try:
         config = from_table(RunConfig, table)
         if overrides:
-            import tyro  # 0.1 s, and only a command line with overrides needs it
-
-            config = tyro.cli(RunConfig, default=config, args=list(overrides), prog="hebatron train RUN.toml")
+            config = _override(config, overrides)
         check_run_config(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return config
+
+
+def _override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    import tyro  # 0.1 s, and only a command line with overrides needs it
+
+    def parse(arguments: Sequence[str]) -> RunConfig | None:
+        told = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+                return tyro.cli(RunConfig, default=config, args=list(arguments))
+        except SystemExit:  # tyro refuses with a box of several lines
+            return None
+
+    changed = parse(overrides)
+    if changed is not None:
+        return changed
+    starts = [i for i, word in enumerate(overrides) if i == 0 or word.startswith("--")]
+    for start, stop in itertools.pairwise([*starts, len(overrides)]):
+        group = overrides[start:stop]
+        if parse(group) is None:  # each alone, to find the one to name
+            option = group[0].partition("=")[0]
+            key = option.removeprefix("--").replace("-", "_")
+            known = [
+                re.sub(r"\[(\d+)\]", r".\1", line.split(" = ")[0]) for line in describe(config).splitlines()
+            ]
+            if key in known:
+                raise ValueError(f"{option} must have a value of its field's type, got {' '.join(group)!r}")
+            raise ValueError(f"{option} must name a field of the run file{_did_you_mean(key, known)}")
+    raise ValueError(f"{' '.join(overrides)!r} must be options that go together, each given once")
 
 
 def from_table(kind: type[Any], table: Mapping[str, Any], place: str = "") -> Any:

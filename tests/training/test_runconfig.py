@@ -119,10 +119,28 @@ def test_overrides_reach_nested_fields_and_are_checked(tmp_path: Path) -> None:
         load_run_config(path, ["--optimizer.eps", "-5"])
 
 
-def test_overrides_refuse_an_unknown_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        load_run_config(write(tmp_path, GOOD), ["--training.sed", "7"])
-    assert "--training.seed" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--training.sed 7", r"--training\.sed must name a field .*; did you mean 'training\.seed'\?"),
+        ("--run-dir a --phases.1.tokns 5", r"--phases\.1\.tokns must .*did you mean 'phases\.1\.tokens'\?"),
+        (
+            "--training.seed seven",
+            r"--training\.seed must have a value of its field's type, got '--t.* seven'",
+        ),
+        ("--optimizer.eps=abc", r"--optimizer\.eps must have a value of its field's type"),
+        ("--model.compute-dtype fp8", r"--model\.compute-dtype must have a value of its field's type"),
+        ("junk", "junk must name a field of the run file"),
+        (f"--training.seed {2**63}", r"training\.seed must be in \[0, 2\*\*63\), got 9223372036854775808"),
+    ],
+)
+def test_overrides_that_are_wrong_are_one_line_naming_the_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_run_config(write(tmp_path, GOOD), override.split())
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "") and "\n" not in str(caught.value)
 
 
 def test_config_table_round_trips(tmp_path: Path) -> None:
