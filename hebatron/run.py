@@ -6,13 +6,14 @@ import functools
 import itertools
 import json
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint import load_checkpoint, load_state, newest_valid
+from .checkpoint import CheckpointError, load_checkpoint, load_state, load_weights, newest_valid
 from .config import ModelConfig
 from .corpus import Corpus
 from .curriculum import build_plan
@@ -22,6 +23,8 @@ from .plan import Plan, Step
 from .presets import PRESETS
 from .runconfig import RunConfig, curriculum, differences, to_table
 from .tokenizer import Tokenizer, load_tokenizer
+
+TOKENIZER = "tokenizer"  # in the run folder
 
 
 @dataclass
@@ -110,10 +113,7 @@ def check_prompts(config: RunConfig, tokenizer: Tokenizer, model: Hebatron) -> N
 def open_model(config: RunConfig, tokenizer: Tokenizer) -> Hebatron:
     """The model of `config.model` with fp32 master parameters; fresh weights come from training.seed."""
     section = config.model
-    compute_dtype = getattr(torch, section.compute_dtype)
-    device = config.training.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    compute_dtype, device = getattr(torch, section.compute_dtype), pick_device(config.training.device)
     if section.path is not None:
         model = Hebatron.from_pretrained(section.path, dtype=torch.float32, device=device)
         model.compute_dtype = compute_dtype
@@ -134,6 +134,11 @@ def open_model(config: RunConfig, tokenizer: Tokenizer) -> Hebatron:
         )
     model.train()
     return model
+
+
+def pick_device(name: str = "auto") -> str:
+    """auto: a GPU if there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def model_config(config: RunConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -169,7 +174,7 @@ def resume(run: Run, force: bool) -> list[str]:
     if wrong and not force:
         raise ValueError(
             f"train: run_dir must hold this very run to resume it, got {folder} of another: {'; '.join(wrong)}; "
-            "choose a new run_dir, or force"
+            "choose a new run_dir, or force (--force)"
         )
     step = state["step"]
     if step > run.total:
@@ -196,3 +201,30 @@ def write_config(config: RunConfig) -> None:
     tmp = path.with_name(f".tmp-{path.name}")
     tmp.write_text(json.dumps(to_table(config), indent=1, ensure_ascii=False), encoding="utf-8")
     os.replace(tmp, path)
+
+
+def save_tokenizer(run: Run) -> None:
+    """The tokenizer as run_dir/tokenizer: with it, a run folder can be used wherever it is moved to."""
+    folder, tmp = run.config.run_dir / TOKENIZER, run.config.run_dir / f".tmp-{TOKENIZER}"
+    if folder.exists() and load_tokenizer(folder).fingerprint == run.tokenizer.fingerprint:
+        return
+    for left in (tmp, folder):
+        if left.exists():
+            shutil.rmtree(left)
+    run.tokenizer.save(tmp)
+    os.rename(tmp, folder)
+
+
+def open_trained(run_dir: Path) -> tuple[Hebatron, Path, list[str]]:
+    """The model of a run's newest intact checkpoint, its tokenizer's folder, and a notice for each damaged one."""
+    folder, notices = newest_valid(run_dir / "checkpoints")
+    if folder is None:
+        raise ValueError(f"{run_dir}: must hold a checkpoint, got none; train at least one step")
+    state = load_state(folder)
+    try:
+        config, dtype = ModelConfig.from_hub(state["model"]), state["config"]["model"]["compute_dtype"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint: {folder} must state its model, got no {error}") from error
+    model = Hebatron(config, getattr(torch, dtype), device=pick_device())
+    load_weights(folder, model)
+    return model, run_dir / TOKENIZER, notices

@@ -4,8 +4,8 @@
 
 Everything a step does depends on its number, the weights and the optimizer state alone: the plan gives its rows,
 the schedule its learning rate. So a run stopped anywhere and started again has the same bits as one that was not
-(on one machine, with one number of threads). The run folder holds config.json, metrics.jsonl, checkpoints/ and,
-at the end, final/: the model in the hub's layout with its tokenizer.
+(on one machine, with one number of threads). The run folder holds config.json, metrics.jsonl, tokenizer/,
+checkpoints/ and, at the end, final/: the model in the hub's layout with its tokenizer.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from torch import Tensor
 
 from .checkpoint import remove_old, run_lock, save_checkpoint
 from .evaluate import bits_per_byte
+from .files import fsync
 from .metrics import METRICS, MetricsWriter, Record, Reporter, make_reporter, router_load
 from .model import RouterStats
 from .optim import clip_gradients, learning_rate, set_learning_rate
 from .plan import Step
-from .run import Run, headline, open_run, resume, write_config
+from .run import Run, headline, open_run, resume, save_tokenizer, write_config
 from .runconfig import RunConfig, check_run_config, config_hash, describe, to_table
 
 
@@ -77,6 +78,7 @@ def train(
         run = open_run(config)
         notices = resume(run, force)
         write_config(config)
+        save_tokenizer(run)
         if reporter is None:
             reporter = make_reporter(run.total, config.training.log_every, f"hebatron train {config.run_dir}")
         with reporter, MetricsWriter(config.run_dir / METRICS, run.step) as metrics:
@@ -86,9 +88,8 @@ def train(
                 )
             for notice in [describe(config), headline(run), *notices]:
                 reporter.note(notice)
-            began_at = run.step
             loop(run, metrics, reporter, stopping, run.total if stop_after is None else stop_after)
-        final = finish(run, trained=run.step > began_at) if run.step == run.total else None
+        final = finish(run) if run.step == run.total else None
     return TrainResult(config.run_dir, run.step, run.total, run.bpb, final)
 
 
@@ -99,6 +100,8 @@ def loop(
     settings = run.config.training
     last, began, began_at = min(run.total, stop_after), time.monotonic(), run.step
     saved_at, save_due = run.step, False
+    if run.step < last:
+        remove_final(run)
     while run.step < last and not stopping.is_set():
         step_began = time.monotonic()
         record, counts = train_step(run)
@@ -281,22 +284,34 @@ def save(run: Run, metrics: MetricsWriter) -> None:
         "plan_hash": run.plan.hash,
         "config_hash": config_hash(run.config),
         "config": to_table(run.config, hashed_only=True),
+        "model": run.model.config.to_hub(),
     }
     save_checkpoint(run.checkpoints, run.step, run.model, run.optimizer, state)
     remove_old(run.checkpoints, run.step, run.config.training.keep_last)
 
 
-def finish(run: Run, trained: bool) -> Path:
+def remove_final(run: Run) -> None:
+    """Training goes past the model that an earlier call exported: it must not be taken for this run's result."""
+    final, doomed = run.config.run_dir / "final", run.config.run_dir / ".tmp-final"
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    if final.exists():
+        os.rename(final, doomed)  # first: a half-deleted folder must not look like a model
+        shutil.rmtree(doomed)
+
+
+def finish(run: Run) -> Path:
     """Export the final model and its tokenizer to run_dir/final; one of an earlier call is kept as it is."""
-    final = run.config.run_dir / "final"
-    if trained or not final.exists():
-        tmp = run.config.run_dir / ".tmp-final"
-        for left in (tmp, final):
-            if left.exists():
-                shutil.rmtree(left)
+    final, tmp = run.config.run_dir / "final", run.config.run_dir / ".tmp-final"
+    if not final.exists():
+        if tmp.exists():
+            shutil.rmtree(tmp)
         run.model.save_pretrained(tmp)
         run.tokenizer.save(tmp)
+        for path in (*tmp.iterdir(), tmp):
+            fsync(path)
         os.rename(tmp, final)
+        fsync(final.parent)
     return final
 
 

@@ -223,7 +223,8 @@ def test_train_leaves_config_metrics_checkpoints_and_a_final_model(root: Path, t
     run = open_run(config)
     load_checkpoint(tmp_path / "checkpoints/step-000012", run.model, run.optimizer)
     same_state(exported, run.model)
-    assert load_tokenizer(result.final).fingerprint == run.tokenizer.fingerprint
+    for folder in (result.final, tmp_path / "tokenizer"):
+        assert load_tokenizer(folder).fingerprint == run.tokenizer.fingerprint
 
 
 def test_train_continues_from_a_model_folder(root: Path, tmp_path: Path) -> None:
@@ -254,14 +255,14 @@ def test_train_leaves_the_callers_random_generator_alone(root: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", ["three_phases", "continue"])
 def test_example_run_files_train(root: Path, tmp_path: Path, name: str) -> None:
-    """The committed run files, shrunk from the command line to the toy's text, two steps each."""
+    """The committed run files, shrunk from the command line to the toy's text, a few steps each."""
     example = Path(__file__).parents[2] / "examples" / f"{name}.toml"
     config = load_run_config(example)
     overrides = ["--run-dir", str(tmp_path / "run"), "--data.tokenizer", str(root / "tok")]
     for i, corpus in enumerate(config.data.corpora):
         overrides += [f"--data.corpora.{i}.path", str(root / ("en" if corpus.name == "anchor" else "he"))]
     for i, phase in enumerate(config.phases):
-        overrides += [f"--phases.{i}.tokens", str(4 * phase.seq_len)]
+        overrides += [f"--phases.{i}.tokens", str(8 * phase.seq_len)]
     overrides += [
         "--data.held-out-permille",
         "150",
@@ -276,6 +277,39 @@ def test_example_run_files_train(root: Path, tmp_path: Path, name: str) -> None:
     else:
         overrides += ["--model.preset", "tiny"]
     assert toy_train(load_run_config(example, overrides)).finished
+
+
+def test_train_past_a_final_model_removes_it(root: Path, tmp_path: Path) -> None:
+    config = toy_config(root, tmp_path)
+    short = replace(config, phases=config.phases[:1])
+    assert toy_train(short).final == tmp_path / "final"
+    assert toy_train(config, stop_after=5, force=True).final is None
+    assert not (tmp_path / "final").exists()  # it was the model of step 4
+    final = toy_train(config).final
+    run = open_run(config)
+    load_checkpoint(tmp_path / "checkpoints/step-000012", run.model, run.optimizer)
+    assert final is not None
+    assert torch.equal(Hebatron.from_pretrained(final).lm_head.weight, run.model.lm_head.weight)
+
+
+def test_train_makes_the_final_model_durable(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr("hebatron.train.fsync", lambda path: flushed.append(path.name))
+    config = toy_config(root, tmp_path)
+    final = toy_train(replace(config, phases=config.phases[:1])).final
+    assert final is not None and {path.name for path in final.iterdir()} <= set(flushed)
+    assert flushed[-2:] == [".tmp-final", tmp_path.name]
+
+
+def test_train_saves_no_checkpoint_of_weights_that_are_not_finite(root: Path, tmp_path: Path) -> None:
+    config = toy_config(root, tmp_path, checkpoint_every=1, keep_last=1)
+    toy_train(config, stop_after=2)
+    wild = replace(config, optimizer=replace(config.optimizer, learning_rate=1e38))
+    with pytest.raises(ValueError, match="step 3 must be finite to be saved, got NaN or Inf in"):
+        toy_train(wild, force=True)
+    assert [folder.name for folder in checkpoints(tmp_path / "checkpoints")] == ["step-000002"]
 
 
 # ---------------------------------------------------------------- refused
