@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if arguments.debug or not _is_expected(error):
             raise
-        print(f"hebatron: {_one_line(error)}", file=sys.stderr)
+        from hebatron.metrics import printable_name
+
+        print(f"hebatron: {printable_name(_one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hebatron: interrupted", file=sys.stderr)
@@ -49,6 +52,14 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
+
+
+def _seed(text: str) -> int:
+    """A seed as torch takes it; argparse reports the ValueError of a text that is no integer."""
+    seed = int(text)
+    if not 0 <= seed < 2**63:
+        raise argparse.ArgumentTypeError(f"must be in [0, 2**63), got {text}")
+    return seed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     quick.add_argument(
         "--out", type=Path, help="a new or empty folder (default: runs/quickstart, or -2, ...)"
     )
-    quick.add_argument("--seed", type=int, default=0)
+    quick.add_argument("--seed", type=_seed, default=0)
     quick.add_argument("--resume", action="store_true", help="go on in --out where an earlier one stopped")
 
     data = verbs.add_parser("data", help="prepare training text").add_subparsers(
@@ -92,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     tokenizer = prepare.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json")
     tokenizer.add_argument(
-        "--train-tokenizer", type=Path, metavar="DIR", help="train a byte-level BPE into DIR"
+        "--train-tokenizer", type=Path, metavar="DIR", help="train a byte-level BPE, saved as DIR at the end"
     )
     prepare.add_argument("--vocab-size", type=int, default=8192, help="entries of a trained tokenizer")
     prepare.add_argument("--source", help="name of the source (default: each record's, or the file's name)")
@@ -108,6 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = verb(verbs, "train", run_train, "train from a run file; resumes where the run folder left off")
     train.add_argument("run_file", metavar="RUN.toml", type=Path)
+    train.add_argument(
+        "--force", action="store_true", help="resume although the run file or the plan has changed"
+    )
     train.epilog = "Any field of the run file can be given as --section.field VALUE."
 
     evaluate = verb(verbs, "eval", run_eval, "bits per byte of a prepared corpus, by source")
@@ -122,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     generate.add_argument("--top-k", type=int)
     generate.add_argument("--top-p", type=float)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--seed", type=_seed, default=0)
 
     export = verbs.add_parser("export", help="write a model for others").add_subparsers(
         metavar="VERB", required=True
@@ -171,75 +185,89 @@ def run_quickstart(arguments: Arguments) -> int:
 
 
 def run_prepare(arguments: Arguments) -> int:
-    from hebatron.data import prepare, read_texts
+    from hebatron.data import check_out, prepare, read_texts
+    from hebatron.metrics import printable_name
     from hebatron.tokenizer import load_tokenizer, train_bpe
 
     policy = {name: getattr(arguments, name) for name in ("source", "lang", "text_field", "bidi", "bad")}
     if arguments.tokenizer is not None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
-        _must_be_free(arguments.train_tokenizer, "--train-tokenizer")
+        check_out(arguments.out)  # before the work
+        earlier = _earlier_tokenizer(arguments.train_tokenizer)
         tokenizer = train_bpe(read_texts(arguments.inputs, **policy), arguments.vocab_size)
-        tokenizer.save(arguments.train_tokenizer)
+        if earlier is not None and earlier.fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                "data prepare: --train-tokenizer must be a new or empty folder, or hold the tokenizer these inputs "
+                f"give, got another in {arguments.train_tokenizer}"
+            )
     report = prepare(arguments.inputs, arguments.out, tokenizer, overwrite=arguments.overwrite, **policy)
+    if arguments.train_tokenizer is not None and earlier is None:
+        _save_whole(tokenizer, arguments.train_tokenizer)
     done = "already there" if report.reused else f"written in {report.seconds:.1f} s"
     print(f"{report.folder}: {report.documents:,} documents, {report.tokens:,} tokens, {done}")
     for source, counts in report.by_source.items():
         per_token = counts["bytes"] / counts["tokens"]
         totals = f"{counts['documents']:>9,} documents {counts['tokens']:>13,} tokens"
-        print(f"  {totals} {per_token:>6.2f} bytes/token  {source}")
+        print(f"  {totals} {per_token:>6.2f} bytes/token  {printable_name(source)}")
     print(f"  {report.read:>9,} documents read, dropped: {report.dropped or 'none'}")
     return 0
 
 
-def _must_be_free(folder: Path, option: str) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"data prepare: {option} must be a new or empty folder, got {folder}")
+def _earlier_tokenizer(folder: Path) -> Tokenizer | None:
+    """What an earlier --train-tokenizer left in `folder`; raises if something else is there."""
+    from hebatron.tokenizer import load_tokenizer
+
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"data prepare: --train-tokenizer must be a new or empty folder, got {folder}")
+    return load_tokenizer(folder)
+
+
+def _save_whole(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save under another name beside `folder`, then rename: it appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        tokenizer.save(Path(scratch) / "tokenizer")
+        (Path(scratch) / "tokenizer").rename(folder)
 
 
 def run_train(arguments: Arguments) -> int:
     from hebatron.runconfig import load_run_config
     from hebatron.train import train
 
-    train(load_run_config(arguments.run_file, arguments.overrides))
+    train(load_run_config(arguments.run_file, arguments.overrides), force=arguments.force)
     return 0
 
 
 def _open_model(path: Path) -> tuple[Hebatron, Tokenizer, Path]:
-    """Model, tokenizer and the tokenizer's folder of a model folder or of a run (its newest checkpoint)."""
-    from hebatron.checkpoint import newest_valid, read_json
+    """Model, tokenizer and the tokenizer's folder of a model folder or of a run: final/ or its newest checkpoint."""
+    from hebatron.metrics import printable
     from hebatron.model import Hebatron
+    from hebatron.run import open_trained, pick_device
     from hebatron.tokenizer import load_tokenizer
 
-    if (path / "final").is_dir():  # a run that reached its end
-        path = path / "final"
-    if not (path / "checkpoints").is_dir():
-        return Hebatron.from_pretrained(path).eval(), load_tokenizer(path), path
-
-    from hebatron.checkpoint import load_checkpoint
-    from hebatron.optim import build_optimizer
-    from hebatron.run import open_model
-    from hebatron.runconfig import RunConfig, from_table
-
-    config = from_table(RunConfig, read_json(path / "config.json"))
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    model = open_model(config, tokenizer)
-    newest, _ = newest_valid(path / "checkpoints")
-    if newest is None:
-        raise ValueError(f"{path}: must hold a checkpoint, got none; train at least one step")
-    load_checkpoint(newest, model, build_optimizer(model, config.optimizer))
-    return model.eval(), tokenizer, config.data.tokenizer
+    if (path / "checkpoints").is_dir() and not (path / "final").is_dir():
+        model, tokenizer_folder, notices = open_trained(path)
+        for notice in notices:
+            print(f"hebatron: {printable(notice)}", file=sys.stderr)
+        return model.eval(), load_tokenizer(tokenizer_folder), tokenizer_folder
+    if (path / "final").is_dir():
+        path = path / "final"  # a run that reached its end; training further removes it
+    return Hebatron.from_pretrained(path, device=pick_device()).eval(), load_tokenizer(path), path
 
 
 def run_eval(arguments: Arguments) -> int:
     from hebatron.data import Corpus
     from hebatron.evaluate import bits_per_byte
+    from hebatron.metrics import printable_name
 
     model, tokenizer, _ = _open_model(arguments.model)
     for folder in arguments.corpora:
         corpus = Corpus.open(folder, tokenizer)
         for source, value in bits_per_byte(model, corpus, max_tokens=arguments.max_tokens).items():
-            print(f"{value:8.4f} bits per byte  {folder}  {source}")
+            print(f"{value:8.4f} bits per byte  {folder}  {printable_name(source)}")
     return 0
 
 
@@ -251,7 +279,7 @@ def run_generate(arguments: Arguments) -> int:
     if not ids:
         raise ValueError(f"generate: PROMPT must hold at least one token, got {arguments.prompt!r}")
     out = model.generate(
-        torch.tensor([ids]),
+        torch.tensor([ids], device=model.device),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,

@@ -105,6 +105,102 @@ def test_prepare_does_not_write_over_a_folder(
     assert not (tmp_path / "corpus").exists()
 
 
+def test_prepare_with_a_new_tokenizer_leaves_all_or_nothing_and_can_be_repeated(
+    corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, tokenizer = tmp_path / "corpus", tmp_path / "tokenizer"
+    argv = ["data", "prepare", str(corpus_file), "--out", str(corpus), "--vocab-size", "300"]
+    argv += ["--train-tokenizer", str(tokenizer)]
+    corpus.mkdir()
+    (corpus / "thesis.txt").write_text("x")
+    with monkeypatch.context() as patch:  # an occupied --out is seen before the work
+        patch.setattr("hebatron.tokenizer.train_bpe", lambda *_: pytest.fail("trained"))
+        assert "out must be a new folder or an earlier corpus" in failure(capsys, *argv)
+    (corpus / "thesis.txt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("hebatron.data.prepare", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(argv)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", corpus_file.name]
+    assert cli.main(argv) == 0
+    made = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
+    assert cli.main(argv) == 0  # the same again
+    assert "already there" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in tokenizer.iterdir()} == made
+    argv[argv.index("300")] = "290"
+    assert "or hold the tokenizer these inputs give, got another" in failure(capsys, *argv)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "tokenizer", corpus_file.name]
+
+
+def test_prepare_prints_a_source_without_obeying_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"text": HEBREW, "source": "a/b [x]\n\u202e"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record), encoding="utf-8")
+    argv = ["data", "prepare", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "corpus")]
+    assert cli.main([*argv, "--vocab-size", "270", "--train-tokenizer", str(tmp_path / "tokenizer")]) == 0
+    assert "  a/b [x]\ufffd\ufffd\n" in capsys.readouterr().out
+
+
+RUN_FILE = """
+run_dir = "run"
+[model]
+preset = "tiny"
+[data]
+tokenizer = "tokenizer"
+corpora = [{ name = "text", path = "corpus" }]
+held_out_permille = 200
+[[phases]]
+name = "only"
+sources = { text = 1.0 }
+tokens = 512
+seq_len = 32
+[training]
+tokens_per_batch = 64
+tokens_per_microbatch = 64
+"""
+
+
+def test_a_run_can_be_moved_and_used_without_its_inputs(
+    corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hebatron.runconfig import load_run_config
+    from hebatron.train import train
+
+    monkeypatch.chdir(tmp_path)
+    argv = ["data", "prepare", corpus_file.name, "--out", "corpus", "--vocab-size", "300"]
+    assert cli.main([*argv, "--train-tokenizer", "tokenizer"]) == 0
+    Path("run.toml").write_text(RUN_FILE)
+    train(load_run_config("run.toml"), stop_after=2)
+    train(load_run_config("run.toml"), stop_after=3)
+    for left in ("tokenizer", "run/config.json"):
+        Path(left).rename(tmp_path / f"gone-{Path(left).name}")
+    Path("elsewhere").mkdir()
+    Path("run").rename("elsewhere/moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    generate = ["generate", "moved", HEBREW, "--max-new-tokens", "2"]
+    monkeypatch.setattr("hebatron.optim.build_optimizer", lambda *_: pytest.fail("an optimizer to generate"))
+    assert cli.main(generate) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(HEBREW) and captured.err == ""
+    assert cli.main(["eval", "moved", "../corpus", "--max-tokens", "50"]) == 0
+    assert cli.main(["export", "hf", "moved", "out"]) == 0
+    assert cli.main(["generate", "out", HEBREW, "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.endswith(captured.out)  # the export is the checkpoint
+    (tmp_path / "elsewhere/moved/checkpoints/step-000003/state.json").write_text("{}")
+    assert cli.main(generate) == 0
+    assert "skipped damaged step-000003" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), "x"])
+def test_a_seed_out_of_range_is_wrong_usage(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["quickstart", "--seed", seed], ["generate", "m", "p", "--seed", seed]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(argv)
+        assert caught.value.code == 2 and "--seed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
@@ -132,7 +228,7 @@ def test_train_hands_the_overrides_on(tmp_path: Path, monkeypatch: pytest.Monkey
     import hebatron.train
 
     seen: list[Any] = []
-    monkeypatch.setattr(hebatron.train, "train", seen.append)
+    monkeypatch.setattr(hebatron.train, "train", lambda config, force: seen.append((config, force)))
     (tmp_path / "run.toml").write_text(
         """
         [model]
@@ -147,7 +243,10 @@ def test_train_hands_the_overrides_on(tmp_path: Path, monkeypatch: pytest.Monkey
         """
     )
     assert cli.main(["train", str(tmp_path / "run.toml"), "--training.seed", "7"]) == 0
-    assert seen[0].training.seed == 7 and seen[0].phases[0].tokens == 4096
+    assert cli.main(["train", str(tmp_path / "run.toml"), "--force"]) == 0
+    config, force = seen[0]
+    assert config.training.seed == 7 and config.phases[0].tokens == 4096
+    assert (force, seen[1][1]) == (False, True)
 
 
 def test_train_names_a_wrong_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
