@@ -24,7 +24,7 @@ from hebatron.quickstart.settings import BASE, Settings
 MINIATURE = Settings(
     phases=(
         Phase(BASE, {"text/english": 1.0, "text/python": 1.0}, tokens=512, seq_len=64),
-        Phase("easy", {"text/exercises": 1.0}, tokens=256, seq_len=64, anchor_share=0.25),
+        Phase("easy", {"text/exercises": 1.0}, tokens=512, seq_len=64, anchor_share=0.25),
         Phase("hard", {"text/narrative": 1.0}, tokens=512, seq_len=128, anchor_share=0.25),
     ),
     vocab_size=300,
@@ -38,7 +38,7 @@ MINIATURE = Settings(
     prefill=(1, 32),
     speed_repeats=1,
 )
-TOTAL_STEPS = 512 // 128 + 256 // 128 + 512 // 128
+TOTAL_STEPS = 3 * 512 // 128
 
 
 def fixture_text() -> list[Document]:
