@@ -20,7 +20,7 @@ BASE = "base"  # the phase before the Hebrew ones; "before" figures are taken at
 CORPUS = "text"  # name of the one prepared corpus; its sources are "text/narrative" and so on
 
 PHASES = (
-    Phase(BASE, {"text/english": 1.0, "text/python": 1.0}, tokens=140_000, seq_len=256),
+    Phase(BASE, {"text/english": 1.0, "text/python": 1.0}, tokens=120_000, seq_len=256),
     Phase(
         "1 simple",
         {"text/exercises": 1.0, "text/interface": 1.0, "text/narrative": 3.0},
@@ -31,14 +31,14 @@ PHASES = (
     Phase(
         "2 poetry",
         {"text/narrative": 1.0, "text/poetry": 3.0},
-        tokens=170_000,
+        tokens=160_000,
         seq_len=512,
         anchor_share=0.15,
     ),
     Phase(
         "3 long",
         {"text/books": 1.0, "text/mishnah": 1.5, "text/narrative": 0.5},
-        tokens=190_000,
+        tokens=220_000,
         seq_len=1024,
         anchor_share=0.15,
     ),
@@ -52,9 +52,9 @@ class Settings:
 
     phases: tuple[Phase, ...] = PHASES
     vocab_size: int = 4096
-    tokens_per_batch: int = 2048
-    learning_rate: float = 4e-3
-    warmup_steps: int = 20
+    tokens_per_batch: int = 1024
+    learning_rate: float = 2e-3
+    warmup_steps: int = 40
     eval_every: int = 1_000  # and at the end of each phase
     held_out_tokens: int = 4_000  # a source and evaluation
     prompts: tuple[str, ...] = PROMPTS

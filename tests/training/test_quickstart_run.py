@@ -19,7 +19,7 @@ from hebatron.doctor import Diagnosis, OperatorRow
 from hebatron.metrics import read_metrics
 from hebatron.quickstart import exercises, findings, report, run
 from hebatron.quickstart.corpus import Document
-from hebatron.quickstart.settings import BASE, Settings
+from hebatron.quickstart.settings import BASE, Settings, resume_config, run_config
 
 MINIATURE = Settings(
     phases=(
@@ -278,6 +278,20 @@ def test_report_without_experts_says_so(make_findings: Callable[..., findings.Fi
     step = {"kind": "step", "step": 1, "tokens": 128, "router": [], "phase": BASE}
     evaluation = {"kind": "eval", "step": 1, "phase": BASE, "bpb": {}, "router_load": []}
     assert "No mixture-of-experts layer" in report.render(make_findings(metrics=[step, evaluation]))
+
+
+def test_published_settings_can_be_planned(tmp_path: Path) -> None:
+    sources = ("exercises", "interface", "narrative", "poetry", "books", "mishnah", "english", "python")
+    texts = [
+        Document(f"{source} {i} ויאמר אליו לאמר " * 30, source, "he") for source in sources for i in range(6)
+    ]
+    run.prepare_text(replace(Settings(), vocab_size=300), tmp_path, texts)
+    rows, total_steps = run.plan_rows(run_config(Settings(), tmp_path, 0))
+    assert rows[0].name == BASE and len(rows) == 4
+    assert total_steps == sum(row.steps for row in rows) and 500 < total_steps < 1000
+    assert all(abs(row.anchor_share - 0.15) < 0.01 for row in rows[1:])
+    check_rows, check_steps = run.plan_rows(resume_config(Settings(), tmp_path, 0, "through"))
+    assert len(check_rows) == 4 and check_rows[0].steps < Settings().resume_stop < check_steps
 
 
 def test_settings_survive_their_stamp(tmp_path: Path) -> None:
