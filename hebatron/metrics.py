@@ -314,14 +314,16 @@ def plot(run_dir: str | Path, out: str | Path | None = None) -> Path:
     evals = [r for r in records if r["kind"] == "eval"]
     if not steps:
         raise ValueError(f"plot: run_dir must hold at least one training step, got {run_dir}")
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    sources = sorted({source for r in evals for source in r["bpb"]})
+    figure = Figure(figsize=(12, 7 + 0.09 * len(sources)), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     x = [r["step"] for r in steps]
     axes[0, 0].plot(x, [r["loss"] for r in steps], linewidth=0.8)
     axes[0, 0].set(ylabel="loss (nats per token)", title="training loss")
-    for source in sorted({source for r in evals for source in r["bpb"]}):
+    for i, source in enumerate(sources):
         points = [(r["step"], r["bpb"][source]) for r in evals if source in r["bpb"]]
-        axes[0, 1].plot(*zip(*points, strict=True), marker=".", label=source)
+        style = ("-", "--", ":", "-.")[i // 10 % 4]  # ten colours, then the next line style
+        axes[0, 1].plot(*zip(*points, strict=True), marker=".", linestyle=style, label=source)
     axes[0, 1].set(ylabel="bits per byte", title="held-out text by source")
     axes[1, 0].plot(x, [r["lr"] for r in steps])
     axes[1, 0].set(ylabel="learning rate", xlabel="step", title="learning rate")
@@ -332,8 +334,12 @@ def plot(run_dir: str | Path, out: str | Path | None = None) -> Path:
     axes[1, 1].set(ylabel="entropy of the load / ln E", xlabel="step", title="router (1 = even)")
     for axis in axes.flat:
         _phase_bands(axis, steps)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+    if sources:  # below the panels: names may be many and long
+        figure.legend(
+            *axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7
+        )
+    if steps[0]["router"]:
+        axes[1, 1].legend(fontsize=8)
     path = Path(out) if out is not None else run_dir / "metrics.png"
     figure.savefig(path, dpi=120)
     return path
