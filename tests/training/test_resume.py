@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from toy import Silent, checkpoint_bits, toy_config, toy_train, write_corpora
 
 from hebatron.checkpoint import checkpoints, step_of
@@ -123,7 +124,8 @@ def test_second_signal_interrupts_at_once(whole: tuple[Path, Path], tmp_path: Pa
         train(toy_config(whole[0], tmp_path), reporter=Silent(twice))
 
 
-def train_in_child(config: RunConfig) -> None:
+def train_in_child(config: RunConfig, threads: int) -> None:
+    torch.set_num_threads(threads)  # the bits are those of one number of threads
     toy_train(config)
 
 
@@ -134,7 +136,7 @@ def test_kill_at_any_moment_still_ends_with_the_same_bits(whole: tuple[Path, Pat
     config = toy_config(whole[0], tmp_path, checkpoint_every=1)
     kills, reached = 0, 0
     while reached < STEPS - 1:
-        child = context.Process(target=train_in_child, args=(config,))
+        child = context.Process(target=train_in_child, args=(config, torch.get_num_threads()))
         child.start()
         deadline = time.monotonic() + 60
         while child.is_alive() and time.monotonic() < deadline:
