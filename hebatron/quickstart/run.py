@@ -160,6 +160,8 @@ def problems(findings: Findings) -> list[str]:
     difference = measured.export.max_logit_difference
     if not difference <= LOGIT_TOLERANCE:  # NaN fails as well
         failures.append(f"export: logits must be within {LOGIT_TOLERANCE} of transformers', got {difference}")
+    if not measured.export.same_greedy_text:
+        failures.append("export: transformers must write the same greedy text, got another")
     return failures
 
 

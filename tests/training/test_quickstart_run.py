@@ -271,6 +271,8 @@ def test_failed_checks_are_problems(
     export = findings.ExportCheck(Path("hf"), "5.0", difference, True)
     found = run.problems(make_findings(diagnosis=broken, export=export))
     assert found[0] == "rms_norm differs" and "logits must be within" in found[1]
+    other = make_findings(export=findings.ExportCheck(Path("hf"), "5.0", 1e-6, False))
+    assert run.problems(other) == ["export: transformers must write the same greedy text, got another"]
     assert run.problems(make_findings()) == []
 
 
