@@ -26,10 +26,10 @@ int64_t partials(int64_t rows) {
   return blocks < kMaxPartials ? blocks : kMaxPartials;
 }
 
-__device__ float sigmoid(float v) { return 1.0f / (1.0f + __expf(-v)); }
+HEBATRON_DEVICE float sigmoid(float v) { return 1.0f / (1.0f + exp_approx(-v)); }
 
 template <class T>
-__device__ float rounded(float v) {
+HEBATRON_DEVICE float rounded(float v) {
   T stored;
   narrow(v, stored);
   return widen(stored);
@@ -40,7 +40,7 @@ template <class T, int kCount>
 struct Slice {
   float value[kPacks<kCount>][kCount];
 
-  __device__ void read_sum(const RmsNormArgs& a, int64_t row, int64_t column, float (&sum)[kCount]) const {
+  HEBATRON_DEVICE void read_sum(const RmsNormArgs& a, int64_t row, int64_t column, float (&sum)[kCount]) const {
     load<kCount>(static_cast<const T*>(a.x) + row * a.x_stride + column, sum);
     if (!a.residual) return;
     float other[kCount];
@@ -50,7 +50,7 @@ struct Slice {
   }
 
   // Reads every pack, returns the thread's sum of squares; writes x + residual where it is asked for.
-  __device__ float read(const RmsNormArgs& a, int64_t row, int64_t begin) {
+  HEBATRON_DEVICE float read(const RmsNormArgs& a, int64_t row, int64_t begin) {
     float squares = 0.0f;
 #pragma unroll
     for (int p = 0; p < kPacks<kCount>; p++) {
@@ -73,12 +73,12 @@ struct Slice {
 
 template <class T, class W, int kCount>
 __global__ void __launch_bounds__(kMaxThreads, 1) forward(const RmsNormArgs a) {
-  __shared__ float slots[kWarp];
+  HEBATRON_SHARED(float, slots, kWarp);
   const int64_t begin = int64_t(blockIdx.y) * a.group;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     Slice<T, kCount> in;
     const float squares = block_sum(in.read(a, row, begin), slots);
-    const float scale = rsqrtf(squares / float(a.group) + float(a.eps));
+    const float scale = rsqrt_approx(squares / float(a.group) + float(a.eps));
 #pragma unroll
     for (int p = 0; p < kPacks<kCount>; p++) {
       const int64_t k = (int64_t(p) * blockDim.x + threadIdx.x) * kCount;
@@ -96,13 +96,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward(const RmsNormArgs a) {
 // read again for the last step: keeping them beside the value and the weight gradient spills.
 template <class T, class W, int kCount>
 __global__ void __launch_bounds__(kMaxThreads, 1) backward(const RmsNormBwdArgs b, float* partial) {
-  __shared__ float slots[kWarp];
+  HEBATRON_SHARED(float, slots, kWarp);
   const RmsNormArgs& a = b.forward;
   const int64_t begin = int64_t(blockIdx.y) * a.group;
   float grad_weight[kPacks<kCount>][kCount] = {};
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     Slice<T, kCount> in;
-    const float scale = rsqrtf(block_sum(in.read(a, row, begin), slots) / float(a.group) + float(a.eps));
+    const float scale = rsqrt_approx(block_sum(in.read(a, row, begin), slots) / float(a.group) + float(a.eps));
     const T* grad_y = static_cast<const T*>(b.grad_y) + row * a.width + begin;
     float dots = 0.0f;
 #pragma unroll
@@ -190,8 +190,8 @@ void check_args(const RmsNormArgs& a) {
 template <class T, class W, int kCount>
 void run_forward(const RmsNormArgs& a, const Exec& exec) {
   const int64_t rows = a.rows < 65536 * 16 ? a.rows : 65536 * 16;
-  launch("rms_norm", forward<T, W, kCount>, dim3(unsigned(rows), unsigned(a.width / a.group)),
-         dim3(threads_for<kCount>(a)), exec, a);
+  const LaunchShape shape{dim3(unsigned(rows), unsigned(a.width / a.group)), dim3(threads_for<kCount>(a))};
+  launch("rms_norm", forward<T, W, kCount>, shape, exec, a);
 }
 
 template <class T, class W, int kCount>
@@ -199,10 +199,10 @@ void run_backward(const RmsNormBwdArgs& b, const Exec& exec) {
   const RmsNormArgs& a = b.forward;
   const int64_t count = partials(a.rows);
   float* partial = static_cast<float*>(exec.workspace);
-  launch("rms_norm", backward<T, W, kCount>, dim3(unsigned(count), unsigned(a.width / a.group)),
-         dim3(threads_for<kCount>(a)), exec, b, partial);
-  launch("rms_norm", sum_partials, dim3(unsigned((a.width + 127) / 128)), dim3(128), exec,
-         static_cast<const float*>(partial), count, a.width, b.grad_weight);
+  const LaunchShape shape{dim3(unsigned(count), unsigned(a.width / a.group)), dim3(threads_for<kCount>(a))};
+  launch("rms_norm", backward<T, W, kCount>, shape, exec, b, partial);
+  const LaunchShape columns{dim3(unsigned((a.width + 127) / 128)), dim3(128)};
+  launch("rms_norm", sum_partials, columns, exec, partial, count, a.width, b.grad_weight);
 }
 
 // The further addresses a backward uses.
@@ -249,7 +249,7 @@ void rms_norm_bwd(const RmsNormBwdArgs& b, const Exec& exec) {
         exec.bytes_workspace);
   DeviceGuard guard(exec);
   if (a.rows == 0) {
-    check_cuda(cudaMemsetAsync(b.grad_weight, 0, size_t(a.width) * sizeof(float), cudaStream_t(exec.stream)), "rms_norm");
+    fill_zero("rms_norm", b.grad_weight, size_t(a.width) * sizeof(float), exec);
     return;
   }
   HEBATRON_BY_DTYPE(run_backward, a, b, exec)

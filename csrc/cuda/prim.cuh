@@ -1,56 +1,60 @@
-// Everything of CUDA that kernels may use: the only file with launches, warp primitives and device queries, and the only
-// place for inline PTX. Kernels are written against these names.
+// Everything of CUDA that kernels may use. Each hardware primitive has one name and two bodies: inline PTX for nvcc
+// (prim/ptx.cuh, prim/wgmma.cuh; launches and tensor maps in prim/host.cuh), and calls of the emulator for g++
+// (tests/emulator/prim.h, with -DHEBATRON_EMULATOR). What stands here is made of those names and shared by both.
+//
+//   HEBATRON_DEVICE             qualifies a device function
+//   HEBATRON_SHARED(T, s, n)    declares T s[n] in static shared memory
+//   HEBATRON_DYNAMIC_SHARED(s)  names the dynamic shared memory, 1,024-byte aligned
+//   HEBATRON_GRID_CONSTANT(T)   a kernel parameter that stays in constant memory (tensor maps, large structs)
+//
+// Warp collectives (shfl*, ballot, any, all, elect_one, ldmatrix*, stmatrix*, mma*) need all 32 lanes; wgmma* needs the 128
+// threads of a warpgroup. wgmma_ss<kTransA, kTransB> takes descriptors of shared memory tiles (0: K-major, 1: MN-major),
+// wgmma_rs<kTransB> takes A from registers in the fragment of mma_m16n8k16; N is twice the accumulator's length.
+// cp.async and plain stores write through the generic proxy; TMA and wgmma go through the async proxy: what one writes
+// the other sees only across fence_proxy_async (TMA's own mbarrier needs none).
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-
 #include "hebatron/types.h"
+#ifdef HEBATRON_EMULATOR
+#include "prim.h"
+#else
+#include "cuda/prim/host.cuh"
+#include "cuda/prim/ptx.cuh"
+#endif
 
 namespace hebatron::cuda {
 
 constexpr int kWarp = 32;
+constexpr int kWarpgroup = 128;
 
-inline void check_cuda(cudaError_t status, const char* op) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
+HEBATRON_DEVICE void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
 }
 
-// Makes exec.device current for the life of one operator call and gives the previous one back.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const Exec& exec) {
-    check_cuda(cudaGetDevice(&before_), "device");
-    if (exec.device != before_) check_cuda(cudaSetDevice(exec.device), "device");
-  }
-  ~DeviceGuard() { cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
-
-template <class... Params, class... Args>
-void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, const Exec& exec, Args... args) {
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(exec.stream)>>>(args...);
-  check_cuda(cudaGetLastError(), op);
-}
-
-__device__ inline float warp_sum(float v) {
+HEBATRON_DEVICE float warp_sum(float v) {
 #pragma unroll
-  for (int offset = kWarp / 2; offset; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+  for (int offset = kWarp / 2; offset; offset /= 2) v += shfl_xor(v, offset);
   return v;
 }
 
 // The sum over a block, the same bits in every thread. Two barriers, so that `slots` may be used again at once.
-__device__ inline float block_sum(float v, float* slots) {
+HEBATRON_DEVICE float block_sum(float v, float* slots) {
   const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
   v = warp_sum(v);
   if (warps == 1) return v;
   if (lane == 0) slots[threadIdx.x / kWarp] = v;
-  __syncthreads();
+  block_sync();
   v = warp_sum(lane < warps ? slots[lane] : 0.0f);
-  __syncthreads();
+  block_sync();
   return v;
+}
+
+// Descriptor of a shared-memory tile in the 128-byte swizzle, for wgmma. A tile is a column of 1,024-byte atoms of 8 rows x
+// 128 bytes. K-major (rows are M or N, 64 elements of K a row): bytes_stride is the distance between groups of 8 rows
+// (1,024 when they lie together), bytes_leading unused. MN-major (rows are K, 64 elements of M or N a row): bytes_stride is
+// the distance between groups of 8 k, bytes_leading the distance between groups of 64 elements of M or N.
+HEBATRON_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t bytes_stride = 1024, uint32_t bytes_leading = 16) {
+  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(bytes_leading >> 4) << 16 | uint64_t(bytes_stride >> 4) << 32 | 1ull << 62;
 }
 
 // kCount consecutive elements as fp32, moved in accesses of up to 16 bytes; the address is aligned to those.
@@ -58,19 +62,24 @@ template <class T, int kCount>
 struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
   T value[kCount];
 };
-__device__ inline float widen(float v) { return v; }
-__device__ inline float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline void narrow(float v, float& out) { out = v; }
-__device__ inline void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
+HEBATRON_DEVICE float widen(float v) { return v; }
+HEBATRON_DEVICE float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+HEBATRON_DEVICE void narrow(float v, float& out) { out = v; }
+HEBATRON_DEVICE void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat16_rn(v); }
+// Two fp32 as the two halves of a word, x in the low one.
+HEBATRON_DEVICE uint32_t pack_bf16(float x, float y) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
 
 template <int kCount, class T>
-__device__ inline void load(const T* p, float (&out)[kCount]) {
+HEBATRON_DEVICE void load(const T* p, float (&out)[kCount]) {
   const Pack<T, kCount> pack = *reinterpret_cast<const Pack<T, kCount>*>(p);
 #pragma unroll
   for (int i = 0; i < kCount; i++) out[i] = widen(pack.value[i]);
 }
 template <int kCount, class T>
-__device__ inline void store(T* p, const float (&in)[kCount]) {
+HEBATRON_DEVICE void store(T* p, const float (&in)[kCount]) {
   Pack<T, kCount> pack;
 #pragma unroll
   for (int i = 0; i < kCount; i++) narrow(in[i], pack.value[i]);

@@ -91,6 +91,26 @@ struct SsdUpdateArgs {
   void* y;               // sequences, heads, head_dim
 };
 
+enum class GroupedGemm : int { automatic = 0, sm80 = 1, sm90a = 2, cutlass = 3 };
+
+// out[r] = act(a[row(r)] b[e]) * scale[r] for the rows r of expert e, offsets[e-1] <= r < offsets[e]; row(r) = rows_of_a[r],
+// or r where that is null; act is the identity or relu(.)^2. Rows past the last end become 0. bf16, fp32 accumulate.
+struct GroupedGemmArgs {
+  int64_t rows, a_rows, experts, n, k;
+  bool relu2;
+  const void* a;  // a_rows, k
+  int64_t a_stride;
+  const int32_t* rows_of_a;  // rows, each in [0, a_rows); or null, and then a_rows == rows
+  const void* b;             // experts, n, k (b_k_major) or experts, k, n
+  int64_t b_expert_stride, b_stride;
+  bool b_k_major;            // whether k is the contiguous dimension of b
+  const int32_t* offsets;    // experts: cumulative ends, rising, the last one at most rows
+  const float* scale;        // rows, or null
+  void* out;                 // rows, n, contiguous
+  GroupedGemm implementation;
+  int64_t tile_m, tile_n;  // 0, 0: the implementation chooses
+};
+
 // Every operator: X(name, Args). Those of the first list have a CUDA form too.
 #define HEBATRON_CUDA_OPS(X)     \
   X(rms_norm_fwd, RmsNormArgs)   \

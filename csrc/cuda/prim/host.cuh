@@ -1,0 +1,120 @@
+// What the host side of a kernel asks of CUDA: checks, launches, tensor maps, device properties. libcuda is never linked:
+// cuTensorMapEncodeTiled comes through the runtime's driver entry point, so the module loads on a machine with no driver.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#include "hebatron/types.h"
+
+namespace hebatron::cuda {
+
+inline void check_cuda(cudaError_t status, const char* op) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // a launch error is reported once, here, and not again by the next call
+  throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
+}
+
+// Makes exec.device current for the life of one operator call and gives the previous one back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const Exec& exec) {
+    check_cuda(cudaGetDevice(&before_), "device");
+    if (exec.device != before_) check_cuda(cudaSetDevice(exec.device), "device");
+  }
+  ~DeviceGuard() { cudaSetDevice(before_); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+// A pointer the kernel will follow must be memory of exec.device: a host pointer would fault, and take the context with it.
+inline void check_pointer(const char* op, const char* name, const void* p, const Exec& exec) {
+  cudaPointerAttributes found{};
+  check_cuda(cudaPointerGetAttributes(&found, p), op);
+  const bool device_memory = found.type == cudaMemoryTypeDevice || found.type == cudaMemoryTypeManaged;
+  if (!device_memory) fail(std::string(op) + ": " + name + " must be device memory, got a host pointer");
+  if (found.device != exec.device)
+    fail(std::string(op) + ": " + name + " must be on device " + std::to_string(exec.device) + ", got device " + std::to_string(found.device));
+}
+
+inline int device_attribute(cudaDeviceAttr attribute, const Exec& exec) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, exec.device), "device");
+  return value;
+}
+inline int sm_count(const Exec& exec) { return device_attribute(cudaDevAttrMultiProcessorCount, exec); }
+inline int compute_capability(const Exec& exec) {  // 90 for sm_90
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, exec) + device_attribute(cudaDevAttrComputeCapabilityMinor, exec);
+}
+inline int bytes_shared_per_block(const Exec& exec) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, exec); }
+
+struct LaunchShape {
+  dim3 grid, block;
+  int bytes_shared = 0;    // dynamic
+  unsigned cluster = 1;    // blocks of a cluster, along x
+  bool dependent = false;  // may start before the kernel ahead of it ends: it calls grid_dependency_wait()
+};
+
+template <class... Params, class... Args>
+void launch(const char* op, void (*kernel)(Params...), const LaunchShape& shape, const Exec& exec, const Args&... args) {
+  if (shape.bytes_shared > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.bytes_shared), op);
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = size_t(shape.bytes_shared);
+  config.stream = static_cast<cudaStream_t>(exec.stream);
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim.x = shape.cluster;
+    a.val.clusterDim.y = a.val.clusterDim.z = 1;
+  }
+  if (shape.dependent) {
+    cudaLaunchAttribute& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    a.val.programmaticStreamSerializationAllowed = 1;
+  }
+  check_cuda(cudaLaunchKernelEx(&config, kernel, Params(args)...), op);
+}
+
+inline void fill_zero(const char* op, void* p, size_t bytes, const Exec& exec) {
+  check_cuda(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(exec.stream)), op);
+}
+
+// A bf16 or fp32 tensor of 2 or 3 dimensions as the TMA sees it: dim[0] is contiguous, stride[i] the bytes between
+// neighbours along dim[i + 1], box the tile one copy moves. kSwizzle128 needs an inner box of 128 bytes.
+enum class Swizzle { none, k128 };
+struct TensorMapShape {
+  int rank = 2;
+  uint64_t dim[3] = {1, 1, 1};
+  uint64_t stride[2] = {0, 0};
+  uint32_t box[3] = {1, 1, 1};
+  DType dtype = DType::bf16;
+  Swizzle swizzle = Swizzle::k128;
+};
+
+inline CUtensorMap tensor_map(const char* op, const void* base, const TensorMapShape& shape) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found), op);
+  if (found != cudaDriverEntryPointSuccess) throw std::runtime_error(std::string(op) + ": the driver has no cuTensorMapEncodeTiled (needs CUDA 12)");
+  CUtensorMap map;
+  const cuuint32_t step[3] = {1, 1, 1};
+  const CUresult status = reinterpret_cast<Encode>(entry)(
+      &map, shape.dtype == DType::f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, cuuint32_t(shape.rank),
+      const_cast<void*>(base), shape.dim, shape.stride, shape.box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      shape.swizzle == Swizzle::k128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) throw std::runtime_error(std::string(op) + ": cuTensorMapEncodeTiled refused the tensor, error " + std::to_string(int(status)));
+  return map;
+}
+
+}  // namespace hebatron::cuda
