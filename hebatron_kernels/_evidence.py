@@ -1,0 +1,146 @@
+"""Hardware evidence: which CUDA kernel, as it stands in the source, has passed every check on which GPU.
+
+`evidence.json` is a committed table. An entry says that one kernel file with one digest (cmake/digest.py: comments and
+layout do not count, the headers of csrc/cuda do), compiled by one major version of nvcc, passed all of CHECKS on one
+architecture. Only `record` writes it, from the results file of a run of bench/gpu_check.sh:
+
+    {"gpu": "NVIDIA H100 80GB HBM3", "arch": "sm_90", "date": "2026-12-01", "torch": "2.11.0", "toolkit": 13,
+     "dry_run": false,
+     "kernels": {"norm": "<digest>"},            what the module that ran was compiled from: _cuda.kernels()
+     "checks": [{"kernel": "norm", "check": "values", "passed": true, "detail": ""}, ...]}
+
+A check of the kernel "*" counts for every kernel (the primitives). Further keys, the timings, are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_name("evidence.json")
+
+# What a kernel must pass to be chosen unasked. The last four are compute-sanitizer's tools.
+CHECKS = ("primitives", "values", "streams", "graphs", "memcheck", "racecheck", "initcheck", "synccheck")
+
+NEVER = "never run on hardware"
+KEY = ("kernel", "digest", "toolkit", "arch")
+FIELDS = (*KEY, "gpu", "date", "torch", "checks", "results")
+
+Entry = dict[str, Any]
+
+
+@cache
+def entries(path: Path = TABLE) -> tuple[Entry, ...]:
+    """The table, read once. An entry lacking a field is an error, not an absent entry."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    for entry in table["entries"]:
+        if sorted(entry) != sorted(FIELDS):
+            raise ValueError(f"evidence: an entry must have {', '.join(FIELDS)}, got {', '.join(entry)}")
+    return tuple(table["entries"])
+
+
+def unproven(kernel: str, arch: str, *, digest: str, toolkit: int) -> str | None:
+    """Why this kernel, as it was compiled, has no evidence on this architecture; None where it has.
+
+    Args:
+        kernel: its file in csrc/cuda without the ending, "norm".
+        arch: of the GPU at hand, "sm_90".
+        digest: `_cuda.kernels()[kernel]["digest"]`.
+        toolkit: `_cuda.toolkit()`, the major version of nvcc.
+    """
+    known = [e for e in entries() if e["kernel"] == kernel]
+    same = [e for e in known if e["digest"] == digest]
+    if any(e["arch"] == arch and e["toolkit"] == toolkit for e in same):
+        return None
+    if same:
+        ran = ", ".join(sorted({f"{e['arch']} with CUDA {e['toolkit']}" for e in same}))
+        return f"{NEVER} of {arch} with CUDA {toolkit}; it ran on {ran}"
+    here = [e for e in known if e["arch"] == arch] or known
+    if here:
+        last = max(here, key=lambda e: e["date"])
+        return f"the kernel changed since it ran on {last['gpu']} ({last['date']})"
+    return NEVER
+
+
+def summary(kernels: dict[str, dict[str, str]], toolkit: int) -> dict[str, str]:
+    """One line a kernel, for a machine with or without a GPU: where it has run as compiled, or that it never has."""
+    lines = {}
+    for kernel, built in kernels.items():
+        ran = [
+            e for e in entries() if all(e[k] == v for k, v in zip(KEY, (kernel, built["digest"], toolkit)))
+        ]
+        where = ", ".join(f"{e['arch']} ({e['gpu']}, {e['date']})" for e in ran)
+        lines[kernel] = (
+            f"ran on {where}"
+            if where
+            else unproven(kernel, "", toolkit=toolkit, digest=built["digest"]) or ""
+        )
+    return lines
+
+
+def judge(results: dict[str, Any], name: str) -> tuple[list[Entry], dict[str, str]]:
+    """The entries a results file called `name` earns, and why each of its other kernels earns none."""
+    missing = {"gpu", "arch", "date", "torch", "toolkit", "dry_run", "kernels", "checks"} - set(results)
+    if missing:
+        raise ValueError(
+            f"evidence: results must have {', '.join(sorted(missing))}, got {', '.join(results)}"
+        )
+    if results["dry_run"]:
+        raise ValueError("evidence: results must come from a GPU, got a dry run")
+    if not re.fullmatch(r"sm_\d+", results["arch"]):
+        raise ValueError(f"evidence: arch must look like sm_90, got {results['arch']!r}")
+    earned, refused = [], {}
+    for kernel, digest in results["kernels"].items():
+        mine = [c for c in results["checks"] if c["kernel"] in (kernel, "*")]
+        failed = sorted({c["check"] for c in mine if c["passed"] is not True})
+        absent = [name for name in CHECKS if name not in {c["check"] for c in mine}]
+        if failed or absent:
+            why = [f"failed {', '.join(failed)}"] if failed else []
+            refused[kernel] = "; ".join(why + ([f"not checked: {', '.join(absent)}"] if absent else []))
+            continue
+        earned.append(
+            {
+                "kernel": kernel,
+                "digest": digest,
+                "toolkit": int(results["toolkit"]),
+                "arch": results["arch"],
+                "gpu": results["gpu"],
+                "date": results["date"],
+                "torch": results["torch"],
+                "checks": sorted({c["check"] for c in mine}),
+                "results": name,
+            }
+        )
+    return earned, refused
+
+
+def record(results_path: str | Path, table: Path = TABLE) -> dict[str, str]:
+    """Takes a results file into the table: what passed gets an entry in place of an older one of the same key, what
+    failed loses the one it had. Returns a line a kernel.
+
+    Raises:
+        ValueError: the file is incomplete, or a dry run's.
+    """
+    path = Path(results_path)
+    results = json.loads(path.read_text(encoding="utf-8"))
+    earned, refused = judge(results, path.name)
+    failing = {k for k, why in refused.items() if why.startswith("failed")}
+    said = {entry["kernel"]: f"recorded for {entry['arch']}" for entry in earned}
+    said |= {kernel: f"not recorded: {why}" for kernel, why in refused.items()}
+    tried = {
+        (kernel, results["kernels"][kernel], int(results["toolkit"]), results["arch"])
+        for kernel in {e["kernel"] for e in earned} | failing
+    }
+    kept = [e for e in entries(table) if tuple(e[k] for k in KEY) not in tried]
+    rows = sorted(
+        kept + earned, key=lambda e: [str(e[k]) for k in ("kernel", "arch", "toolkit", "date", "digest")]
+    )
+    draft = table.with_suffix(".new")
+    draft.write_text(json.dumps({"entries": rows}, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, table)
+    entries.cache_clear()
+    return said
