@@ -16,7 +16,8 @@ if(NOT portable_archs)
   set(portable_archs 80-real 90a-real 80-virtual)
 endif()
 
-# hebatron_cuda_kernels(target archs files...): one object library per list of architectures.
+# hebatron_cuda_kernels(target archs files...): one object library per list of architectures. Its files enter the table of
+# digests (cmake/digest.py) that _cuda.kernels() shows, and csrc/cuda/budgets.toml says what their machine code must hold.
 function(hebatron_cuda_kernels target archs)
   add_library(${target} OBJECT ${ARGN})
   set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${archs}")
@@ -26,10 +27,27 @@ function(hebatron_cuda_kernels target archs)
   string(REPLACE ";" "," shown "${archs}")
   target_compile_definitions(${target} PRIVATE HEBATRON_CUDA_ARCHS="${shown}")
   target_sources(_cuda PRIVATE $<TARGET_OBJECTS:${target}>)
+  foreach(file ${ARGN})
+    string(REGEX REPLACE "^csrc/" "" name ${file})
+    set_property(GLOBAL APPEND PROPERTY HEBATRON_KERNEL_FILES "${name}=${shown}")
+  endforeach()
 endfunction()
+
+# The table, rewritten when a kernel or a header changes. Deferred: by then every kernel file has been named.
+function(hebatron_kernel_table)
+  get_property(files GLOBAL PROPERTY HEBATRON_KERNEL_FILES)
+  file(GLOB_RECURSE sources CONFIGURE_DEPENDS csrc/cuda/*.h csrc/cuda/*.cuh csrc/cuda/*.cu)
+  set(digest ${CMAKE_SOURCE_DIR}/cmake/digest.py)
+  set(table ${CMAKE_BINARY_DIR}/generated/kernel_table.h)
+  add_custom_command(OUTPUT ${table} COMMAND ${Python_EXECUTABLE} ${digest} ${table} ${CMAKE_SOURCE_DIR}/csrc ${files}
+    DEPENDS ${digest} ${sources} VERBATIM)
+  target_sources(cuda_portable PRIVATE ${table})
+endfunction()
+cmake_language(DEFER CALL hebatron_kernel_table)
 
 Python_add_library(_cuda MODULE WITH_SOABI csrc/bindings.cpp csrc/hebatron/check.cpp)
 target_include_directories(_cuda PRIVATE csrc ${CMAKE_BINARY_DIR}/include)
 target_compile_definitions(_cuda PRIVATE HEBATRON_MODULE=_cuda)
 set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUAGE CUDA)
 hebatron_cuda_kernels(cuda_portable "${portable_archs}" csrc/cuda/device.cu csrc/cuda/norm.cu)
+target_include_directories(cuda_portable PRIVATE ${CMAKE_BINARY_DIR}/generated)

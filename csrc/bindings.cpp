@@ -203,5 +203,7 @@ PYBIND11_MODULE(HEBATRON_MODULE, m) {
 #else
   m.def("device_count", &cuda::device_count);
   m.def("compiled_archs", &cuda::compiled_archs);
+  m.def("kernels", &cuda::kernels);
+  m.def("toolkit", &cuda::toolkit);
 #endif
 }

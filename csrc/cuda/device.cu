@@ -1,6 +1,7 @@
 #include "cuda/device.h"
 
 #include "cuda/prim.cuh"
+#include "kernel_table.h"
 
 namespace hebatron::cuda {
 
@@ -14,5 +15,20 @@ int device_count() {
 }
 
 std::string compiled_archs() { return HEBATRON_CUDA_ARCHS; }
+
+KernelTable kernels() {
+  KernelTable table;
+#define HEBATRON_ROW(kernel, digest, archs) table[kernel] = {{"digest", digest}, {"archs", archs}};
+  HEBATRON_KERNELS(HEBATRON_ROW)
+  return table;
+}
+
+int toolkit() {
+#ifdef HEBATRON_EMULATOR
+  return 0;
+#else
+  return __CUDACC_VER_MAJOR__;
+#endif
+}
 
 }  // namespace hebatron::cuda
