@@ -1,9 +1,9 @@
 """Digests of the kernel files, compiled into the modules: `digest.py OUTPUT CSRC PATH=ARCHS...`, paths inside CSRC.
 
-A kernel's digest covers its file and every header of csrc/cuda it includes, directly or not, as tokens: comments and
-layout do not count. csrc/hebatron is left out, because a new operator in the contract would put every kernel in doubt, and
-a new meaning of an argument changes the kernel that reads it. So are foreign headers and the compiler, whose major version
-stands beside the digest in hebatron_kernels/evidence.json.
+A kernel's digest covers its file and every header of csrc/cuda it includes, directly or not, as tokens: comments
+and layout do not count. csrc/hebatron is left out, because a new operator in the contract would put every kernel in
+doubt, and a new meaning of an argument changes the kernel that reads it. So are foreign headers and the compiler,
+whose major version stands beside the digest in hebatron_kernels/evidence.json.
 
 OUTPUT becomes a header with one line X("norm", "<digest>", "80-real,90a-real") a kernel file. Files without a kernel
 (device.cu) get none.
@@ -67,7 +67,9 @@ def closure(path: Path, csrc: Path) -> dict[str, Path]:
         reached[name] = file
         for header in INCLUDE.findall(code_of(file)):
             places = [place / header for place in (csrc, file.parent)]
-            pending += [p.resolve() for p in places if p.is_file() and csrc / "cuda" in p.resolve().parents][:1]
+            pending += [p.resolve() for p in places if p.is_file() and csrc / "cuda" in p.resolve().parents][
+                :1
+            ]
     return reached
 
 
@@ -89,7 +91,10 @@ def kernel_name(path: Path, csrc: Path) -> str:
 
 def main(output: str, csrc: str, *files: str) -> None:
     root = Path(csrc).resolve()
-    lines = ["// Written by cmake/digest.py: X(kernel, digest, architectures).", "#define HEBATRON_KERNELS(X) \\"]
+    lines = [
+        "// Written by cmake/digest.py: X(kernel, digest, architectures).",
+        "#define HEBATRON_KERNELS(X) \\",
+    ]
     for file in sorted(files):
         name, archs = file.split("=")
         path = root / name

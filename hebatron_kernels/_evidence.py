@@ -33,8 +33,12 @@ FIELDS = (*KEY, "gpu", "date", "torch", "checks", "results")
 Entry = dict[str, Any]
 
 
+def entries() -> tuple[Entry, ...]:
+    return _read(TABLE)
+
+
 @cache
-def entries(path: Path = TABLE) -> tuple[Entry, ...]:
+def _read(path: Path) -> tuple[Entry, ...]:
     """The table, read once. An entry lacking a field is an error, not an absent entry."""
     table = json.loads(path.read_text(encoding="utf-8"))
     for entry in table["entries"]:
@@ -58,7 +62,7 @@ def unproven(kernel: str, arch: str, *, digest: str, toolkit: int) -> str | None
         return None
     if same:
         ran = ", ".join(sorted({f"{e['arch']} with CUDA {e['toolkit']}" for e in same}))
-        return f"{NEVER} of {arch} with CUDA {toolkit}; it ran on {ran}"
+        return f"never run on {arch} with CUDA {toolkit}, only on {ran}"
     here = [e for e in known if e["arch"] == arch] or known
     if here:
         last = max(here, key=lambda e: e["date"])
@@ -70,15 +74,12 @@ def summary(kernels: dict[str, dict[str, str]], toolkit: int) -> dict[str, str]:
     """One line a kernel, for a machine with or without a GPU: where it has run as compiled, or that it never has."""
     lines = {}
     for kernel, built in kernels.items():
+        key = (kernel, built["digest"], toolkit)
         ran = [
-            e for e in entries() if all(e[k] == v for k, v in zip(KEY, (kernel, built["digest"], toolkit)))
+            f"{e['arch']} ({e['gpu']}, {e['date']})" for e in entries() if tuple(e[k] for k in KEY[:3]) == key
         ]
-        where = ", ".join(f"{e['arch']} ({e['gpu']}, {e['date']})" for e in ran)
-        lines[kernel] = (
-            f"ran on {where}"
-            if where
-            else unproven(kernel, "", toolkit=toolkit, digest=built["digest"]) or ""
-        )
+        reason = unproven(kernel, "a GPU", digest=built["digest"], toolkit=toolkit)
+        lines[kernel] = f"ran on {', '.join(ran)}" if ran else str(reason)
     return lines
 
 
@@ -89,15 +90,18 @@ def judge(results: dict[str, Any], name: str) -> tuple[list[Entry], dict[str, st
         raise ValueError(
             f"evidence: results must have {', '.join(sorted(missing))}, got {', '.join(results)}"
         )
-    if results["dry_run"]:
+    if results["dry_run"] is not False:
         raise ValueError("evidence: results must come from a GPU, got a dry run")
     if not re.fullmatch(r"sm_\d+", results["arch"]):
         raise ValueError(f"evidence: arch must look like sm_90, got {results['arch']!r}")
-    earned, refused = [], {}
+    if type(results["toolkit"]) is not int:
+        raise ValueError(f"evidence: toolkit must be a major version, got {results['toolkit']!r}")
+    earned: list[Entry] = []
+    refused: dict[str, str] = {}
     for kernel, digest in results["kernels"].items():
         mine = [c for c in results["checks"] if c["kernel"] in (kernel, "*")]
         failed = sorted({c["check"] for c in mine if c["passed"] is not True})
-        absent = [name for name in CHECKS if name not in {c["check"] for c in mine}]
+        absent = [check for check in CHECKS if check not in {c["check"] for c in mine}]
         if failed or absent:
             why = [f"failed {', '.join(failed)}"] if failed else []
             refused[kernel] = "; ".join(why + ([f"not checked: {', '.join(absent)}"] if absent else []))
@@ -106,7 +110,7 @@ def judge(results: dict[str, Any], name: str) -> tuple[list[Entry], dict[str, st
             {
                 "kernel": kernel,
                 "digest": digest,
-                "toolkit": int(results["toolkit"]),
+                "toolkit": results["toolkit"],
                 "arch": results["arch"],
                 "gpu": results["gpu"],
                 "date": results["date"],
@@ -118,7 +122,7 @@ def judge(results: dict[str, Any], name: str) -> tuple[list[Entry], dict[str, st
     return earned, refused
 
 
-def record(results_path: str | Path, table: Path = TABLE) -> dict[str, str]:
+def record(results_path: str | Path) -> dict[str, str]:
     """Takes a results file into the table: what passed gets an entry in place of an older one of the same key, what
     failed loses the one it had. Returns a line a kernel.
 
@@ -128,19 +132,15 @@ def record(results_path: str | Path, table: Path = TABLE) -> dict[str, str]:
     path = Path(results_path)
     results = json.loads(path.read_text(encoding="utf-8"))
     earned, refused = judge(results, path.name)
-    failing = {k for k, why in refused.items() if why.startswith("failed")}
-    said = {entry["kernel"]: f"recorded for {entry['arch']}" for entry in earned}
-    said |= {kernel: f"not recorded: {why}" for kernel, why in refused.items()}
-    tried = {
-        (kernel, results["kernels"][kernel], int(results["toolkit"]), results["arch"])
-        for kernel in {e["kernel"] for e in earned} | failing
+    tried = {entry["kernel"] for entry in earned} | {
+        k for k, why in refused.items() if why.startswith("failed")
     }
-    kept = [e for e in entries(table) if tuple(e[k] for k in KEY) not in tried]
-    rows = sorted(
-        kept + earned, key=lambda e: [str(e[k]) for k in ("kernel", "arch", "toolkit", "date", "digest")]
-    )
-    draft = table.with_suffix(".new")
+    keys = {(k, results["kernels"][k], results["toolkit"], results["arch"]) for k in tried}
+    rows = [entry for entry in entries() if tuple(entry[k] for k in KEY) not in keys] + earned
+    rows.sort(key=lambda entry: [str(entry[field]) for field in FIELDS])
+    draft = TABLE.with_suffix(".new")
     draft.write_text(json.dumps({"entries": rows}, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, table)
-    entries.cache_clear()
-    return said
+    os.replace(draft, TABLE)
+    _read.cache_clear()
+    said = {entry["kernel"]: f"recorded for {entry['arch']}" for entry in earned}
+    return said | {kernel: f"not recorded: {why}" for kernel, why in refused.items()}
