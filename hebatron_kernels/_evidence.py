@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +32,16 @@ FIELDS = (*KEY, "gpu", "date", "torch", "checks", "results")
 Entry = dict[str, Any]
 
 
-def entries() -> tuple[Entry, ...]:
-    return _read(TABLE)
-
-
-@cache
-def _read(path: Path) -> tuple[Entry, ...]:
-    """The table, read once. An entry lacking a field is an error, not an absent entry."""
-    table = json.loads(path.read_text(encoding="utf-8"))
+def read() -> tuple[Entry, ...]:
+    """The table as it stands on the disk. An entry lacking a field is an error, not an absent entry."""
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
     for entry in table["entries"]:
         if sorted(entry) != sorted(FIELDS):
             raise ValueError(f"evidence: an entry must have {', '.join(FIELDS)}, got {', '.join(entry)}")
     return tuple(table["entries"])
+
+
+entries = read()  # at import: compiled code traces through unproven, and cannot read a file
 
 
 def unproven(kernel: str, arch: str, *, digest: str, toolkit: int) -> str | None:
@@ -53,10 +50,10 @@ def unproven(kernel: str, arch: str, *, digest: str, toolkit: int) -> str | None
     Args:
         kernel: its file in csrc/cuda without the ending, "norm".
         arch: of the GPU at hand, "sm_90".
-        digest: `_cuda.kernels()[kernel]["digest"]`.
-        toolkit: `_cuda.toolkit()`, the major version of nvcc.
+        digest: `_cuda.kernels()[kernel]["digest"]`, asked once at import: compiled code cannot trace such a call.
+        toolkit: `_cuda.toolkit()`, the major version of nvcc, likewise.
     """
-    known = [e for e in entries() if e["kernel"] == kernel]
+    known = [e for e in entries if e["kernel"] == kernel]
     same = [e for e in known if e["digest"] == digest]
     if any(e["arch"] == arch and e["toolkit"] == toolkit for e in same):
         return None
@@ -76,7 +73,7 @@ def summary(kernels: dict[str, dict[str, str]], toolkit: int) -> dict[str, str]:
     for kernel, built in kernels.items():
         key = (kernel, built["digest"], toolkit)
         ran = [
-            f"{e['arch']} ({e['gpu']}, {e['date']})" for e in entries() if tuple(e[k] for k in KEY[:3]) == key
+            f"{e['arch']} ({e['gpu']}, {e['date']})" for e in entries if tuple(e[k] for k in KEY[:3]) == key
         ]
         reason = unproven(kernel, "a GPU", digest=built["digest"], toolkit=toolkit)
         lines[kernel] = f"ran on {', '.join(ran)}" if ran else str(reason)
@@ -129,6 +126,7 @@ def record(results_path: str | Path) -> dict[str, str]:
     Raises:
         ValueError: the file is incomplete, or a dry run's.
     """
+    global entries
     path = Path(results_path)
     results = json.loads(path.read_text(encoding="utf-8"))
     earned, refused = judge(results, path.name)
@@ -136,11 +134,11 @@ def record(results_path: str | Path) -> dict[str, str]:
         k for k, why in refused.items() if why.startswith("failed")
     }
     keys = {(k, results["kernels"][k], results["toolkit"], results["arch"]) for k in tried}
-    rows = [entry for entry in entries() if tuple(entry[k] for k in KEY) not in keys] + earned
+    rows = [entry for entry in read() if tuple(entry[k] for k in KEY) not in keys] + earned
     rows.sort(key=lambda entry: [str(entry[field]) for field in FIELDS])
     draft = TABLE.with_suffix(".new")
     draft.write_text(json.dumps({"entries": rows}, indent=2) + "\n", encoding="utf-8")
     os.replace(draft, TABLE)
-    _read.cache_clear()
+    entries = read()
     said = {entry["kernel"]: f"recorded for {entry['arch']}" for entry in earned}
     return said | {kernel: f"not recorded: {why}" for kernel, why in refused.items()}

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from hebatron_kernels import _evidence
 
@@ -144,6 +145,7 @@ def table(tmp_path, monkeypatch):
     path = tmp_path / "evidence.json"
     path.write_text('{"entries": []}')
     monkeypatch.setattr(_evidence, "TABLE", path)
+    monkeypatch.setattr(_evidence, "entries", ())
     return path
 
 
@@ -243,7 +245,19 @@ def test_record_refuses_incomplete_results(table):
 def test_an_incomplete_row_is_an_error(table):
     table.write_text('{"entries": [{"kernel": "norm"}]}')
     with pytest.raises(ValueError, match="an entry must have kernel, digest"):
-        unproven()
+        _evidence.read()
+
+
+def test_unproven_is_traced_by_compiled_code(table):
+    def choice(x, kernel, arch, digest):
+        return x + 1 if _evidence.unproven(kernel, arch, digest=digest, toolkit=13) is None else x - 1
+
+    record(table, results())
+    compiled = torch.compile(choice, fullgraph=True, backend="eager", dynamic=False)
+    assert compiled(torch.zeros(1), "norm", "sm_90", "d1").item() == 1
+    assert compiled(torch.zeros(1), "conv", "sm_90", "d1").item() == -1
+    assert compiled(torch.zeros(1), "norm", "sm_80", "d1").item() == -1
+    assert compiled(torch.zeros(1), "norm", "sm_90", "d2").item() == -1
 
 
 def test_summary_has_a_line_for_every_kernel(table):
@@ -262,7 +276,7 @@ def test_summary_has_a_line_for_every_kernel(table):
 
 def test_committed_table_is_what_its_results_files_earn():
     files = {digest.kernel_name(p, ROOT / "csrc") for p in (ROOT / "csrc" / "cuda").rglob("*.cu")}
-    for entry in _evidence.entries():
+    for entry in _evidence.read():
         assert entry["kernel"] in files, f"{entry['kernel']}: no such kernel file"
         path = ROOT / "bench" / "results" / entry["results"]
         earned, _ = _evidence.judge(json.loads(path.read_text()), path.name)
