@@ -14,6 +14,23 @@
 // the other sees only across fence_proxy_async (TMA's own mbarrier needs none).
 #pragma once
 #include "hebatron/types.h"
+
+namespace hebatron::cuda {
+
+// A bf16 or fp32 tensor of 2 or 3 dimensions as the TMA sees it: dim[0] is contiguous, stride[i] the bytes between
+// neighbours along dim[i + 1], box the tile one copy moves. Swizzle::k128 needs an inner box of 128 bytes.
+enum class Swizzle { none, k128 };
+struct TensorMapShape {
+  int rank = 2;
+  uint64_t dim[3] = {1, 1, 1};
+  uint64_t stride[2] = {0, 0};
+  uint32_t box[3] = {1, 1, 1};
+  DType dtype = DType::bf16;
+  Swizzle swizzle = Swizzle::k128;
+};
+
+}  // namespace hebatron::cuda
+
 #ifdef HEBATRON_EMULATOR
 #include "prim.h"
 #else

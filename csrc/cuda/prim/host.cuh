@@ -88,18 +88,6 @@ inline void fill_zero(const char* op, void* p, size_t bytes, const Exec& exec) {
   check_cuda(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(exec.stream)), op);
 }
 
-// A bf16 or fp32 tensor of 2 or 3 dimensions as the TMA sees it: dim[0] is contiguous, stride[i] the bytes between
-// neighbours along dim[i + 1], box the tile one copy moves. kSwizzle128 needs an inner box of 128 bytes.
-enum class Swizzle { none, k128 };
-struct TensorMapShape {
-  int rank = 2;
-  uint64_t dim[3] = {1, 1, 1};
-  uint64_t stride[2] = {0, 0};
-  uint32_t box[3] = {1, 1, 1};
-  DType dtype = DType::bf16;
-  Swizzle swizzle = Swizzle::k128;
-};
-
 inline CUtensorMap tensor_map(const char* op, const void* base, const TensorMapShape& shape) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   void* entry = nullptr;
