@@ -6,7 +6,8 @@ arguments, and may have two more:
   <op>_bwd(grads, *args) -> list of gradients, one for each floating tensor argument that is not None, in order
 `torch` is a differentiable composite and is called as it is, so autograd and Inductor see through it. The others go
 through the private op hebatron::_<op>, whose backward hebatron::_<op>_bwd calls <op>_bwd or, where that is missing,
-torch.autograd.grad over the implementation itself (`reference`) or over the torch form (`native`).
+torch.autograd.grad over the implementation itself (`reference`) or over the torch form (`native`). `emulator` is the
+native module of an operator that has a CUDA kernel, each of its functions run by _native.emulated.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -63,7 +65,7 @@ class Operator:
         arguments: schema of the arguments, in the public order, e.g. "Tensor x, Tensor? gate, float eps".
         returns: schema of the result; the implementations may return None for an output the schema makes a Tensor
             (it travels as an empty tensor), and the caller gets None back.
-        modules: the noun's implementation modules by backend.
+        modules: the noun's implementation modules by backend; "emulator" is the native one again where it has CUDA.
         fake: shapes of the results from the arguments, for torch.compile.
         differentiable: False for the operators that update a state in place.
     """
@@ -79,7 +81,7 @@ class Operator:
     ) -> None:
         self.name, self.modules = name, modules
         self.differentiable = differentiable
-        self.forwards: dict[str, Callable[..., Any]] = {b: getattr(m, name) for b, m in modules.items()}
+        self.forwards: dict[str, Callable[..., Any]] = {b: self._form(b, name) for b in modules}
         self.arity = len(inspect.signature(self.forwards["reference"]).parameters)
         _library.define(f"_{name}({arguments}, str backend) -> {returns}")
         _library.impl(f"_{name}", self._opaque_forward, "CompositeExplicitAutograd")
@@ -94,6 +96,11 @@ class Operator:
             )
         OPERATORS[name] = self
 
+    def _form(self, backend: str, name: str) -> Any:
+        """A function of the backend's module, or None where it is not written."""
+        function = getattr(self.modules[backend], name, None)
+        return partial(_native.emulated, function) if function and backend == "emulator" else function
+
     def _opaque_forward(self, *args: Any) -> Any:
         out = self.forwards[args[-1]](*args[:-1])
         if not isinstance(out, tuple):
@@ -103,10 +110,10 @@ class Operator:
 
     def _opaque_backward(self, grads: list[Tensor], *args: Any) -> list[Tensor]:
         *inputs, backend = args
-        handwritten = getattr(self.modules[backend], f"{self.name}_bwd", None)
+        handwritten = self._form(backend, f"{self.name}_bwd")
         if handwritten is not None:
             return handwritten(grads, *inputs)
-        forward = self.forwards["torch" if backend == "native" else backend]
+        forward = self.forwards["torch" if backend in ("native", "emulator") else backend]
         with torch.enable_grad(), _autograd_dispatch():
             leaves = [a.detach().requires_grad_() if _is_float(a) else a for a in inputs]
             out = forward(*leaves)
@@ -125,7 +132,7 @@ class Operator:
         """Why this backend cannot serve these arguments, or None."""
         if backend not in self.modules:
             return "not written for this operator"
-        supports = getattr(self.modules[backend], f"supports_{self.name}", None)
+        supports = self._form(backend, f"supports_{self.name}")
         return None if supports is None else supports(*args)
 
     def passed_over(self, backend: str, args: Sequence[Any]) -> str | None:

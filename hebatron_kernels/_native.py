@@ -1,9 +1,16 @@
-"""The only importer of the compiled modules. Tensors cross as integers; Python allocates outputs and workspaces."""
+"""The only importer of the compiled modules. Tensors cross as integers; Python allocates outputs and workspaces.
+
+_cpu and _cuda are chosen by the device of the tensors. _emu is the CUDA source compiled for the CPU (tests/emulator):
+while `emulated` runs a function, CPU tensors count as CUDA tensors and go to it.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +32,35 @@ if cpu_module is not None:
     cpu_module.current_isa()  # a wrong HEBATRON_ISA is an error here, not at some later call
 cuda_module, cuda_missing = _load("_cuda")
 
+emulator_module: ModuleType | None = None  # testing.load_emulator
+emulating = False
+
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def load_extension(name: str, path: Path) -> ModuleType:
+    """A compiled module from a folder of its own; the same name may be loaded from several."""
+    spec = importlib.util.spec_from_file_location(f"hebatron_kernels.{name}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path}: not a module of this Python")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def emulated(function: Callable[..., Any], *args: Any) -> Any:
+    """Runs a function of a native.py with the emulator as the GPU."""
+    global emulating
+    before, emulating = emulating, True
+    try:
+        return function(*args)
+    finally:
+        emulating = before
+
+
+def on_cuda(value: Tensor) -> bool:
+    """Whether this tensor's operators are CUDA kernels, on a GPU or in the emulator."""
+    return emulating or value.is_cuda
 
 
 def refusal(first: Tensor, *others: Tensor | None, cuda: bool = False) -> str | None:
@@ -33,13 +68,19 @@ def refusal(first: Tensor, *others: Tensor | None, cuda: bool = False) -> str | 
 
     `cuda` says whether the operator has a CUDA kernel.
     """
-    if first.device.type == "cuda":
+    device = first.device.type
+    if emulating:
+        if emulator_module is None:
+            return "call hebatron_kernels.testing.load_emulator() first"
+        if device != "cpu":
+            return f"runs CUDA kernels on CPU tensors, got {device}"
+    elif device == "cuda":
         if not cuda:
             return "no CUDA kernel is written for this operator"
         if cuda_module is None:
             return f"the _cuda module is not built (HEBATRON_CUDA=on pip install -e .): {cuda_missing}"
-    elif first.device.type != "cpu":
-        return f"no native module for device {first.device.type}"
+    elif device != "cpu":
+        return f"no native module for device {device}"
     elif cpu_module is None:
         return f"the _cpu module is not built (pip install -e .): {cpu_missing}"
     for value in (first, *others):
@@ -59,10 +100,6 @@ def unproven(args: Sequence[Any]) -> str | None:
     return None
 
 
-def pointer(value: Tensor | None) -> int | None:
-    return None if value is None else value.data_ptr()
-
-
 def wrote(*tensors: Tensor) -> None:
     """Tells autograd that a kernel changed these tensors, so that a graph which saved them refuses to go on."""
     for value in tensors:
@@ -73,19 +110,49 @@ def dtype_name(value: Tensor) -> str:
     return DTYPES[value.dtype]
 
 
-def call(op: str, device: torch.device | None = None, **kwargs: Any) -> None:
-    """Runs one native operator with the workspace it asks for, on the CPU or on the current stream of `device`."""
-    on_gpu = device is not None and device.type == "cuda"
-    module = cuda_module if on_gpu else cpu_module
+def call(op: str, **kwargs: Any) -> None:
+    """Runs one native operator on the device of its tensors: on the CPU, on the current stream of their GPU, or in
+    the emulator. Tensors among the arguments cross as pointers; the workspace the operator asks for is made here."""
+    tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    first = next(iter(tensors.values()))
+    index = first.get_device()  # of the GPU; -1 on the CPU
+    for name, value in tensors.items():
+        if value.get_device() != index:
+            raise ValueError(f"{op}: {name} must be on {first.device} like the others, got {value.device}")
+        kwargs[name] = value.data_ptr()
+    module, missing = (cuda_module, cuda_missing) if index >= 0 else (cpu_module, cpu_missing)
+    if emulating:
+        module, missing = emulator_module, "call hebatron_kernels.testing.load_emulator() first"
     if module is None:
-        raise BackendError(f"{op}[native]: {cuda_missing if on_gpu else cpu_missing}")
+        raise BackendError(f"{op}: {missing}")
+    run = getattr(module, op, None)
+    if run is None:
+        raise BackendError(f"{op}: {module.__name__} is older than this code; rebuild: pip install -e .")
     bytes_workspace = getattr(module, f"{op}_workspace")(**kwargs)
-    workspace = torch.empty(bytes_workspace, dtype=torch.uint8, device=device) if bytes_workspace else None
-    where: dict[str, int] = {"threads": torch.get_num_threads()}
-    if on_gpu:
-        stream = torch.cuda.current_stream(device)
-        where = {"device": stream.device_index, "stream": stream.cuda_stream}
-    getattr(module, op)(**kwargs, **where, workspace=pointer(workspace) or 0, bytes_workspace=bytes_workspace)
+    workspace = first.new_empty(bytes_workspace, dtype=torch.uint8) if bytes_workspace else None
+    if workspace is not None:
+        tensors["workspace"] = workspace
+        kwargs["workspace"], kwargs["bytes_workspace"] = workspace.data_ptr(), bytes_workspace
+    if emulating:
+        with _only(tensors, module):
+            run(**kwargs, device=0)
+    elif index >= 0:
+        run(**kwargs, device=index, stream=torch.cuda.current_stream(first.device).cuda_stream)
+    else:
+        run(**kwargs, threads=torch.get_num_threads())
+
+
+@contextmanager
+def _only(tensors: dict[str, Tensor], module: ModuleType) -> Iterator[None]:
+    """The kernels may touch these tensors, from the first element to the last, and nothing else."""
+    try:
+        for name, value in tensors.items():
+            if value.numel():
+                elements = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride()))
+                module.allow_memory(value.data_ptr(), elements * value.element_size(), name)
+        yield
+    finally:
+        module.forget_memory()
 
 
 def build_info() -> dict[str, str]:

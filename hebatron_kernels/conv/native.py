@@ -50,7 +50,7 @@ def causal_conv1d(
     kept, numbers = _inputs(x_TC, weight_CW, bias_C, activation, cu_seqlens, initial_state)
     y_TC = torch.empty(x_TC.shape, dtype=x_TC.dtype)
     last_QKC = torch.empty_like(kept["past"])
-    _native.call("causal_conv1d_fwd", **numbers, y=_native.pointer(y_TC), last=_native.pointer(last_QKC))
+    _native.call("causal_conv1d_fwd", **numbers, y=y_TC, last=last_QKC)
     return y_TC, last_QKC.transpose(1, 2).contiguous()
 
 
@@ -74,12 +74,12 @@ def causal_conv1d_bwd(
     _native.call(
         "causal_conv1d_bwd",
         **numbers,
-        grad_y=_native.pointer(grads[0]),
-        grad_last=_native.pointer(grad_last_QKC),
-        grad_x=_native.pointer(grad_x_TC),
-        grad_past=_native.pointer(grad_past_QKC),
-        grad_weight=_native.pointer(grad_weight_WC),
-        grad_bias=_native.pointer(grad_bias_C),
+        grad_y=grads[0],
+        grad_last=grad_last_QKC,
+        grad_x=grad_x_TC,
+        grad_past=grad_past_QKC,
+        grad_weight=grad_weight_WC,
+        grad_bias=grad_bias_C,
     )
     found = [grad_x_TC, grad_weight_WC.t().to(weight_CW.dtype).contiguous()]
     if bias_C is not None:
@@ -118,12 +118,12 @@ def _inputs(
         "sequences": sequences,
         "silu": int(activation == "silu"),
         "dtype": _native.dtype_name(x_TC),
-        "x": _native.pointer(x_TC),
+        "x": x_TC,
         "x_stride": x_TC.stride(0),
-        "past": _native.pointer(kept["past"]),
-        "weight": _native.pointer(kept["weight"]),
-        "bias": _native.pointer(kept.get("bias")),
-        "cu_seqlens": _native.pointer(kept["cu_seqlens"]),
+        "past": kept["past"],
+        "weight": kept["weight"],
+        "bias": kept.get("bias"),
+        "cu_seqlens": kept["cu_seqlens"],
     }
 
 
@@ -144,12 +144,12 @@ def causal_conv1d_update(
         taps=weight_CW.shape[1],
         silu=int(activation == "silu"),
         dtype=_native.dtype_name(x_QC),
-        x=_native.pointer(x_QC),
+        x=x_QC,
         x_stride=x_QC.stride(0),
-        state=_native.pointer(conv_state_QCK),
-        weight=_native.pointer(weight),
-        bias=_native.pointer(bias),
-        y=_native.pointer(y_QC),
+        state=conv_state_QCK,
+        weight=weight,
+        bias=bias,
+        y=y_QC,
     )
     _native.wrote(conv_state_QCK)
     return y_QC

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -10,15 +11,17 @@ from torch import Tensor
 
 from .. import _check as check
 from .._dispatch import Operator
-from . import reference, torch_ops
+from . import native, reference, torch_ops
 
 __all__ = ["grouped_gemm", "moe_combine", "moe_mlp", "moe_permute", "moe_route"]
 
 _IDS = (torch.int64, torch.int32)
 
 
-def _operator(name: str, arguments: str, returns: str, fake: Callable[..., Any]) -> Operator:
-    return Operator(name, arguments, returns, {"torch": torch_ops, "reference": reference}, fake)
+def _operator(
+    name: str, arguments: str, returns: str, fake: Callable[..., Any], **others: ModuleType
+) -> Operator:
+    return Operator(name, arguments, returns, {"torch": torch_ops, "reference": reference, **others}, fake)
 
 
 def _fake_route(logits: Tensor, bias: Tensor, top_k: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,9 +51,11 @@ _moe_permute = _operator(
 )
 _grouped_gemm = _operator(
     "grouped_gemm",
-    "Tensor a, Tensor b, Tensor offsets",
+    "Tensor a, Tensor b, Tensor offsets, Tensor? rows, Tensor? scale, str? activation, str? implementation",
     "Tensor",
-    lambda a, b, offsets: a.new_empty(a.shape[0], b.shape[2]),
+    lambda a, b, offsets, rows, *_: a.new_empty((a if rows is None else rows).shape[0], b.shape[2]),
+    native=native,
+    emulator=native,
 )
 _moe_combine = _operator(
     "moe_combine",
@@ -75,10 +80,14 @@ def _check_ids(op: str, ids_TK: Tensor, tokens: int, experts: int) -> None:
     check.tensor(op, "ids_TK", ids_TK, tokens, None, dtypes=_IDS)
     if ids_TK.shape[1] == 0:
         check.refuse(op, "ids_TK", "name at least one expert per token", check.describe(ids_TK))
-    if _host_readable(ids_TK):
-        low, high = (int(bound) for bound in torch.aminmax(ids_TK))
-        if low < 0 or high >= experts:
-            check.refuse(op, "ids_TK", f"be between 0 and {experts - 1}", low if low < 0 else high)
+    _check_range(op, "ids_TK", ids_TK, experts)
+
+
+def _check_range(op: str, arg: str, value: Tensor, limit: int) -> None:
+    if _host_readable(value):
+        low, high = (int(bound) for bound in torch.aminmax(value))
+        if low < 0 or high >= limit:
+            check.refuse(op, arg, f"be between 0 and {limit - 1}", low if low < 0 else high)
 
 
 def _check_widths(op: str, arg: str, value: Tensor) -> None:
@@ -183,32 +192,52 @@ def moe_permute(
     return _moe_permute(x_TD, ids_TK, num_experts, backend=backend)
 
 
-def grouped_gemm(a_ND: Tensor, b_EKN: Tensor, offsets_E: Tensor, *, backend: str | None = None) -> Tensor:
-    """out[n] = a[n] @ b[e] for the rows n of expert e, offsets[e-1] <= n < offsets[e].
+def grouped_gemm(
+    a_ND: Tensor,
+    b_EKN: Tensor,
+    offsets_E: Tensor,
+    rows_N: Tensor | None = None,
+    scale_N: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    implementation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """out[n] = act(a[rows[n]] @ b[e]) * scale[n] for the rows n of expert e, offsets[e-1] <= n < offsets[e].
 
     Args:
-        a_ND: (N rows, D), sorted by expert, any floating dtype.
+        a_ND: (N rows, D), any floating dtype; without rows_N sorted by expert, with it in any order and number.
         b_EKN: (E experts, D, M outputs), dtype of a: contiguous, or the transposed view of weights stored (E, M, D).
         offsets_E: (E,) int32 on the same device: cumulative ends, rising from 0 to at most N (checked on the CPU
-            only), as moe_permute gives them. Rows past the last end are never read.
-        backend: "torch" or "reference"; None chooses.
+            only), as moe_permute gives them.
+        rows_N: (N,) int32, the row of a that each row of the result takes, all within a (checked on the CPU only);
+            None is row n itself.
+        scale_N: (N,), any floating dtype, applied in fp32 (fp64 for fp64); None is 1.
+        activation: "relu2", which is max(0, .)^2, or None.
+        implementation: "sm80", "sm90a" or "cutlass", one of the CUDA kernels by name, each optionally with its tile
+            as in "sm90a:128x208"; None chooses.
+        backend: "native", "torch", "reference" or "emulator"; None chooses.
 
     Returns:
-        (N, M) in the dtype of a; 0 in the rows past the last end.
+        (N, M) in the dtype of a; 0 in the rows past the last end, for which neither a nor scale is used.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range.
-        BackendError: the named backend cannot serve these arguments.
+        BackendError: the named backend or implementation cannot serve these arguments.
 
     Gradients:
-        To a (0 past the last end) and b (exactly 0 for an expert without rows).
+        To a (0 past the last end; with rows_N summed over the uses of a row in fp32 and rounded once), b (exactly 0
+        for an expert without rows) and scale.
 
     Backends:
-        torch: grouped_mm for bf16, fp16 and fp32 where widths and strides are multiples of 16 bytes; elsewhere a
-        loop over the experts, which on a GPU synchronises.
+        native: CUDA for bf16, products summed in fp32 and rounded once, after the scale; widths and strides in
+        multiples of 16 bytes; its gradients are those of the torch form. torch: grouped_mm for bf16, fp16 and fp32
+        where widths and strides are multiples of 16 bytes; elsewhere a loop over the experts, which on a GPU
+        synchronises; the product is rounded before activation and scale.
 
     Source:
-        torch.nn.functional.grouped_mm (the convention of the offsets).
+        torch.nn.functional.grouped_mm (the convention of the offsets); MegaBlocks, arXiv 2211.15841, section 5 (the
+        gather); the model's experts (relu2, the routing weight).
     """
     op = "grouped_gemm"
     check.tensor(op, "a_ND", a_ND, None, None)
@@ -218,12 +247,21 @@ def grouped_gemm(a_ND: Tensor, b_EKN: Tensor, offsets_E: Tensor, *, backend: str
     check.tensor(op, "offsets_E", offsets_E, b_EKN.shape[0], dtypes=(torch.int32,))
     if b_EKN.shape[0] == 0:
         check.refuse(op, "b_EKN", "have at least one expert", check.describe(b_EKN))
-    check.same_device(op, a_ND, b_EKN=b_EKN, offsets_E=offsets_E)
+    if rows_N is not None:
+        check.tensor(op, "rows_N", rows_N, None, dtypes=(torch.int32,))
+        _check_range(op, "rows_N", rows_N, rows)
+        rows = rows_N.shape[0]
+    if scale_N is not None:
+        check.tensor(op, "scale_N", scale_N, rows)
+    if activation not in (None, "relu2"):
+        check.refuse(op, "activation", "be None or 'relu2'", repr(activation))
+    native.parse_implementation(implementation)
+    check.same_device(op, a_ND, b_EKN=b_EKN, offsets_E=offsets_E, rows_N=rows_N, scale_N=scale_N)
     if _host_readable(offsets_E):
         ends = [0, *offsets_E.tolist(), rows]
         if ends != sorted(ends):
             check.refuse(op, "offsets_E", f"rise from 0 to at most {rows} (the number of rows)", ends[1:-1])
-    return _grouped_gemm(a_ND, b_EKN, offsets_E, backend=backend)
+    return _grouped_gemm(a_ND, b_EKN, offsets_E, rows_N, scale_N, activation, implementation, backend=backend)
 
 
 def moe_combine(

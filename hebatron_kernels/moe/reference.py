@@ -68,12 +68,34 @@ def moe_permute(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor,
     return x_TD[tokens], order_N, torch.tensor(ends, dtype=torch.int32, device=x_TD.device)
 
 
-def grouped_gemm(a_ND: Tensor, b_EKN: Tensor, offsets_E: Tensor) -> Tensor:
+def supports_grouped_gemm(*args: object) -> str | None:
+    return (
+        None if args[-1] is None else f"has no implementation {args[-1]}, only the CUDA kernels have several"
+    )
+
+
+def grouped_gemm(
+    a_ND: Tensor,
+    b_EKN: Tensor,
+    offsets_E: Tensor,
+    rows_N: Tensor | None = None,
+    scale_N: Tensor | None = None,
+    activation: str | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    left_ND = a_ND.double() if rows_N is None else a_ND.double()[rows_N.long()]
     begin, parts = 0, []
     for e, end in enumerate(offsets_E.tolist()):
-        parts.append(a_ND[begin:end].double() @ b_EKN[e].double())
+        part = left_ND[begin:end] @ b_EKN[e].double()
+        if activation == "relu2":
+            part = torch.clamp(part, min=0.0) ** 2
+        if scale_N is not None:
+            part = part * scale_N[begin:end].double().unsqueeze(1)
+        parts.append(part)
         begin = end
-    parts.append(torch.zeros(a_ND.shape[0] - begin, b_EKN.shape[2], dtype=torch.float64, device=a_ND.device))
+    parts.append(
+        torch.zeros(left_ND.shape[0] - begin, b_EKN.shape[2], dtype=torch.float64, device=a_ND.device)
+    )
     return torch.cat(parts).to(a_ND.dtype)
 
 

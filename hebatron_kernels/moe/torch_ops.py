@@ -62,8 +62,32 @@ def moe_permute(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor,
     return _Permute.apply(x_TD, order_N, ids_TK.shape[1]), order_N, offsets_E
 
 
-def grouped_gemm(a_ND: Tensor, b_EKN: Tensor, offsets_E: Tensor) -> Tensor:
-    return _GroupedGemm.apply(a_ND, b_EKN, offsets_E)
+def supports_grouped_gemm(*args: object) -> str | None:
+    return (
+        None if args[-1] is None else f"has no implementation {args[-1]}, only the CUDA kernels have several"
+    )
+
+
+def grouped_gemm(
+    a_ND: Tensor,
+    b_EKN: Tensor,
+    offsets_E: Tensor,
+    rows_N: Tensor | None = None,
+    scale_N: Tensor | None = None,
+    activation: str | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    left_ND = a_ND if rows_N is None else _Gather.apply(a_ND, rows_N)
+    product_NM = _GroupedGemm.apply(left_ND, b_EKN, offsets_E)
+    if scale_N is None and activation is None:
+        return product_NM
+    compute = torch.promote_types(a_ND.dtype, torch.float32)
+    out_NM = product_NM.to(compute)
+    if activation == "relu2":
+        out_NM = out_NM.relu().square()
+    if scale_N is not None:
+        out_NM = out_NM * scale_N.to(compute).unsqueeze(1)
+    return out_NM.masked_fill(_past_end(out_NM, offsets_E), 0.0).to(a_ND.dtype)
 
 
 def moe_combine(rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor, num_tokens: int) -> Tensor:
@@ -167,9 +191,30 @@ def _weight_gemm(a_NK: Tensor, b_NM: Tensor, offsets_E: Tensor) -> Tensor:
     return torch.ops.hebatron._torch_weight_gemm(a_NK, b_NM, offsets_E)
 
 
+def _past_end(out_NM: Tensor, offsets_E: Tensor) -> Tensor:
+    return (torch.arange(out_NM.shape[0], device=out_NM.device) >= offsets_E[-1]).unsqueeze(1)
+
+
 def _zero_past_end(out_NM: Tensor, offsets_E: Tensor) -> Tensor:
-    past_N = torch.arange(out_NM.shape[0], device=out_NM.device) >= offsets_E[-1]
-    return out_NM.masked_fill_(past_N.unsqueeze(1), 0.0)
+    return out_NM.masked_fill_(_past_end(out_NM, offsets_E), 0.0)
+
+
+class _Gather(torch.autograd.Function):
+    """a[rows]; the gradient of a row of a is summed over its uses in fp32 and rounded once."""
+
+    @staticmethod
+    def forward(ctx: Any, a_RD: Tensor, rows_N: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_N)
+        ctx.count = a_RD.shape[0]
+        return a_RD.index_select(0, rows_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        (rows_N,) = ctx.saved_tensors
+        uses_R = _count(rows_N, ctx.count, torch.int64)
+        users_N = torch.argsort(rows_N, stable=True)
+        return F.embedding_bag(users_N, grad_ND, uses_R.cumsum(0) - uses_R, mode="sum"), None
 
 
 class _Permute(torch.autograd.Function):

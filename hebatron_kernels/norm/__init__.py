@@ -24,7 +24,7 @@ _rms_norm = Operator(
     "rms_norm",
     "Tensor x, Tensor weight, float eps, Tensor? residual, Tensor? gate, int? group_size",
     "(Tensor, Tensor)",
-    {"native": native, "torch": torch_ops, "reference": reference},
+    {"native": native, "emulator": native, "torch": torch_ops, "reference": reference},
     _fake,
 )
 
@@ -48,7 +48,7 @@ def rms_norm(
         residual_TD: like x_TD, or None. Its sum with x is rounded to the dtype of x before it is normalised.
         gate_TD: like x_TD, or None. The gate is applied before the norm (Mamba-2's norm_before_gate=False).
         group_size: columns per group, a divisor of D; None is one group of D.
-        backend: "native", "torch" or "reference"; None chooses.
+        backend: "native", "torch", "reference" or "emulator"; None chooses.
 
     Returns:
         y_TD in the dtype of x_TD; with a residual the pair (y_TD, x_TD + residual_TD).

@@ -20,7 +20,7 @@ def supports_rms_norm(
 ) -> str | None:
     width = x_TD.shape[1]
     group = width if group_size is None else group_size
-    if x_TD.device.type == "cuda" and (group > 8192 or width // group > 65535):
+    if _native.on_cuda(x_TD) and (group > 8192 or width // group > 65535):
         return f"the CUDA kernel takes groups of at most 8,192 columns and 65,535 of them, got {group} of {width}"
     return _native.refusal(x_TD, weight_D, residual_TD, gate_TD, cuda=True)
 
@@ -35,20 +35,19 @@ def _inputs(
 ) -> dict[str, Any]:
     rows, width = x_TD.shape
     return {
-        "device": x_TD.device,
         "rows": rows,
         "width": width,
         "group": width if group_size is None else group_size,
         "eps": eps,
         "dtype": _native.dtype_name(x_TD),
         "weight_dtype": _native.dtype_name(weight_D),
-        "x": _native.pointer(x_TD),
+        "x": x_TD,
         "x_stride": x_TD.stride(0),
-        "residual": _native.pointer(residual_TD),
+        "residual": residual_TD,
         "residual_stride": 0 if residual_TD is None else residual_TD.stride(0),
-        "gate": _native.pointer(gate_TD),
+        "gate": gate_TD,
         "gate_stride": 0 if gate_TD is None else gate_TD.stride(0),
-        "weight": _native.pointer(weight_D),
+        "weight": weight_D,
     }
 
 
@@ -63,7 +62,7 @@ def rms_norm(
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     sum_TD = None if residual_TD is None else torch.empty_like(y_TD)
     inputs = _inputs(x_TD, weight_D, eps, residual_TD, gate_TD, group_size)
-    _native.call("rms_norm_fwd", **inputs, y=_native.pointer(y_TD), sum=_native.pointer(sum_TD))
+    _native.call("rms_norm_fwd", **inputs, y=y_TD, sum=sum_TD)
     return y_TD, sum_TD
 
 
@@ -82,11 +81,11 @@ def rms_norm_bwd(
     _native.call(
         "rms_norm_bwd",
         **_inputs(x_TD, weight_D, eps, residual_TD, gate_TD, group_size),
-        grad_y=_native.pointer(grads[0]),
-        grad_sum=None if residual_TD is None else _native.pointer(grads[1]),
-        grad_input=_native.pointer(grad_input_TD),
-        grad_gate=_native.pointer(grad_gate_TD),
-        grad_weight=_native.pointer(grad_weight_D),
+        grad_y=grads[0],
+        grad_sum=None if residual_TD is None else grads[1],
+        grad_input=grad_input_TD,
+        grad_gate=grad_gate_TD,
+        grad_weight=grad_weight_D,
     )
     found = [grad_input_TD, grad_weight_D.to(weight_D.dtype)]
     if residual_TD is not None:

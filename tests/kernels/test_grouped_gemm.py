@@ -1,0 +1,272 @@
+import pytest
+import torch
+from moe_cases import BACKENDS, DTYPES, check_against
+
+import hebatron_kernels as hk
+from hebatron_kernels import testing
+
+# experts, width, outputs, offsets, rows: ragged; empty first, middle and last; all to one; none at all; rows past
+# the end; widths that are not multiples of 16 bytes; one expert
+GROUPS = [
+    (4, 16, 24, [3, 5, 9, 14], 14),
+    (5, 8, 16, [0, 4, 4, 7, 7], 7),
+    (3, 16, 8, [0, 11, 11], 11),
+    (3, 16, 8, [0, 0, 0], 0),
+    (3, 16, 8, [0, 0, 0], 5),
+    (4, 16, 24, [2, 2, 6, 7], 12),
+    (3, 7, 24, [2, 5, 9], 9),
+    (3, 16, 5, [2, 5, 9], 11),
+    (1, 1, 1, [1], 1),
+    (2, 113, 1023, [1, 6], 6),
+]
+
+
+def groups(experts, width, outputs, offsets, rows, dtype=torch.float64):
+    """a, the weights stored (experts, outputs, width), the ends."""
+    a = torch.randn(rows, width, dtype=dtype)
+    b = torch.randn(experts, outputs, width, dtype=dtype) / width**0.5
+    return a, b, torch.tensor(offsets, dtype=torch.int32)
+
+
+# gathered, scaled, activation: the plain form, each alone, and what an expert layer uses
+FORMS = [
+    (False, False, None),
+    (True, False, None),
+    (False, True, None),
+    (False, False, "relu2"),
+    (True, True, "relu2"),
+]
+
+
+def with_form(args, form, dtype=torch.float64):
+    """[a, b, ends, rows, scale, activation]: gathered, a has other rows than the result, some of them used often."""
+    a, stored, ends = args
+    gathered, scaled, activation = form
+    count = a.shape[0]
+    rows = None
+    if gathered:
+        a = torch.randn(count // 2 + 1, a.shape[1], dtype=dtype)
+        rows = torch.randint(0, a.shape[0], (count,), dtype=torch.int32)
+    scale = torch.rand(count, dtype=dtype) - 0.3 if scaled else None
+    return [a, stored.transpose(1, 2), ends, rows, scale, activation]
+
+
+def plain(a, b, ends, rows, scale, activation):
+    left = a if rows is None else a[rows.long()]
+    offsets = ends.tolist()
+    parts = [left[begin:end] @ b[e] for e, (begin, end) in enumerate(zip([0, *offsets], offsets))]
+    parts.append(left.new_zeros(left.shape[0] - offsets[-1], b.shape[2]))
+    out = torch.cat(parts)
+    out = out.relu().square() if activation == "relu2" else out
+    return out if scale is None else out * scale.unsqueeze(1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("stored", ["outputs last", "width last"])
+@pytest.mark.parametrize(("experts", "width", "outputs", "offsets", "rows"), GROUPS)
+def test_grouped_gemm_matches_oracle(dtype, stored, form, experts, width, outputs, offsets, rows):
+    args = with_form(groups(experts, width, outputs, offsets, rows), form)
+    if stored == "outputs last":
+        args[1] = args[1].contiguous()
+    check_against(hk.grouped_gemm, plain, args, dtype, rows > 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_gemm_gradcheck(backend, form):
+    args = with_form(groups(3, 4, 3, [2, 2, 5], 6), form)
+    leaves = [i for i in (0, 1, 4) if args[i] is not None]
+
+    def call(*values):
+        given = list(args)
+        for i, value in zip(leaves, values):
+            given[i] = value
+        return hk.grouped_gemm(*given, backend=backend)
+
+    inputs = [args[i].detach().requires_grad_() for i in leaves]
+    assert torch.autograd.gradcheck(call, inputs, check_undefined_grad=False)
+
+
+def test_grouped_gemm_sums_the_gradient_of_a_row_used_often_in_fp32():
+    # 2,048 uses of one row, each with a gradient of 1: bf16 stops counting at 256
+    a = torch.ones(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    b = torch.eye(8, dtype=torch.bfloat16).expand(1, 8, 8)
+    rows = torch.ones(2048, dtype=torch.int32)
+    hk.grouped_gemm(a, b, torch.tensor([2048]).int(), rows).sum().backward()
+    assert a.grad.tolist() == [[0.0] * 8, [2048.0] * 8, [0.0] * 8]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("form", "rows"), [(FORMS[1], 0), (FORMS[4], 0), (FORMS[4], 4)])
+def test_grouped_gemm_of_no_rows(backend, form, rows):
+    """Nothing of a is used, and nothing of b."""
+    args = with_form(groups(3, 16, 8, [0, 0, 0], rows, torch.float32), form, torch.float32)
+    found = testing.run(hk.grouped_gemm, args, backend=backend)
+    assert found["out0"].shape == (rows, 8)
+    assert all(value.eq(0).all() for value in found.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_gemm_never_reads_past_the_end(backend, dtype):
+    a, b, ends = groups(3, 16, 8, [2, 2, 5], 9, dtype)
+    a[5:], b[1] = torch.nan, torch.nan
+    a.requires_grad_(), b.requires_grad_()
+    out = hk.grouped_gemm(a, b.transpose(1, 2), ends, backend=backend)
+    assert out[:5].isfinite().all() and out[5:].eq(0).all()
+    upstream = torch.ones_like(out)
+    upstream[5:] = torch.nan
+    out.backward(upstream)
+    assert a.grad[:5].isfinite().all() and a.grad[5:].eq(0).all()
+    assert b.grad.isfinite().all() and b.grad[1].eq(0).all() and b.grad[0].ne(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_gemm_uses_no_scale_past_the_end(backend, dtype):
+    a, b, ends, rows, scale, activation = with_form(groups(3, 16, 8, [2, 2, 5], 9, dtype), FORMS[4], dtype)
+    scale[5:] = torch.nan
+    a.requires_grad_(), b.requires_grad_(), scale.requires_grad_()
+    out = hk.grouped_gemm(a, b, ends, rows, scale, activation, backend=backend)
+    assert out[:5].isfinite().all() and out[5:].eq(0).all()
+    upstream = torch.ones_like(out)
+    upstream[5:] = torch.nan
+    out.backward(upstream)
+    assert a.grad.isfinite().all() and b.grad.isfinite().all()
+    assert scale.grad[:5].isfinite().all() and scale.grad[5:].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_grouped_gemm_keeps_nan_to_its_row(backend):
+    a, b, ends, *_ = with_form(groups(3, 16, 8, [2, 2, 5], 5, torch.float32), FORMS[0], torch.float32)
+    a[3, 7] = torch.nan
+    out = hk.grouped_gemm(a, b, ends, activation="relu2", backend=backend)
+    assert out[3].isnan().all() and out[[0, 1, 2, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grouped_gemm_takes_any_strides_and_an_expanded_gradient(dtype):
+    a, stored, ends = groups(4, 16, 24, [3, 5, 9, 14], 14, dtype)
+    b = stored.transpose(1, 2).contiguous()
+    want = testing.run(hk.grouped_gemm, [a, b, ends], backend="torch")
+    views = [
+        (testing.strided(a), testing.strided(b)),
+        (a.t().contiguous().t(), b.permute(2, 0, 1).contiguous().permute(1, 2, 0)),
+        (testing.strided(a.t().contiguous()).t(), b.repeat_interleave(8, 2)[..., ::8]),
+    ]
+    for left, right in views:
+        got = testing.run(hk.grouped_gemm, [left, right, ends], backend="torch")
+        for name in want:
+            torch.testing.assert_close(got[name], want[name])
+    spread = hk.grouped_gemm(a, b[:, :1].expand(4, 16, 24), ends)
+    torch.testing.assert_close(spread, hk.grouped_gemm(a, b[:, :1].repeat(1, 16, 1), ends))
+    a.requires_grad_(), stored.requires_grad_()
+    hk.grouped_gemm(a, stored.transpose(1, 2), ends).sum().backward()
+    torch.testing.assert_close(a.grad[0], stored[0].sum(0).detach())
+    view = stored.detach().transpose(1, 2).requires_grad_()
+    (grad,) = torch.autograd.grad(hk.grouped_gemm(a, view, ends).sum(), view)
+    assert grad.stride() == view.stride()  # no copy on its way to the stored weights
+
+
+def calls(dtype, width=16):
+    plain_form = with_form(groups(4, width, 8, [3, 5, 9, 14], 14, dtype), FORMS[0], dtype)
+    whole = with_form(groups(4, width, 8, [3, 5, 9, 11], 14, dtype), FORMS[4], dtype)
+    return {"plain": plain_form, "whole": whole}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["plain", "whole"])
+def test_grouped_gemm_registration(name, backend):
+    testing.check_registration("grouped_gemm", *calls(torch.float32)[name], None, backend=backend)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [*((d, 16) for d in DTYPES), (torch.float32, 15)])
+@pytest.mark.parametrize("name", ["plain", "whole"])
+def test_grouped_gemm_compiles_to_one_graph(name, dtype, width):
+    testing.check_fullgraph(hk.grouped_gemm, calls(dtype, width)[name], "torch")
+
+
+@pytest.mark.parametrize("name", ["plain", "whole"])
+def test_grouped_gemm_reference_compiles_to_one_graph(name):
+    testing.check_fullgraph(hk.grouped_gemm, calls(torch.float32)[name], "reference")
+
+
+def test_grouped_gemm_products_of_the_torch_form_are_registered():
+    a, stored, ends = groups(3, 16, 8, [2, 2, 5], 5, torch.float32)
+    for width in (16, 15):  # grouped_mm and the loop
+        left = a[:, :width].contiguous()
+        right = stored[:, :, :width].transpose(1, 2)
+        torch.library.opcheck(torch.ops.hebatron._torch_gemm, (left, right, ends))
+        torch.library.opcheck(torch.ops.hebatron._torch_weight_gemm, (left, a, ends))
+
+
+def test_grouped_gemm_explains_its_choice():
+    a, b, ends, *_ = calls(torch.bfloat16)["plain"]
+    text = hk.explain(hk.grouped_gemm, a, b, ends)
+    assert text.startswith("grouped_gemm: torch")
+    assert "native    no CPU kernel is written for this operator yet" in text
+    with pytest.raises(hk.BackendError, match=r"grouped_gemm\[native\]: no CPU kernel is written"):
+        hk.grouped_gemm(a, b, ends, backend="native")
+    for backend in BACKENDS:
+        with pytest.raises(hk.BackendError, match=rf"{backend}\]: has no implementation sm90a:128x208, only"):
+            hk.grouped_gemm(a, b, ends, implementation="sm90a:128x208", backend=backend)
+    with pytest.raises(hk.BackendError, match="no automatic backend serves these arguments; see explain"):
+        hk.grouped_gemm(a, b, ends, implementation="sm80")
+
+
+GOOD = dict(
+    a_ND=torch.ones(6, 4), b_EKN=torch.ones(2, 4, 3), offsets_E=torch.tensor([2, 6], dtype=torch.int32)
+)
+META = torch.ones(1, device="meta")
+BAD = [
+    (dict(a_ND=torch.ones(6)), r"a_ND must have shape \(\*, \*\)"),
+    (
+        dict(b_EKN=torch.ones(2, 5, 3)),
+        r"b_EKN must have shape \(\*, 4, \*\), got float32\[2, 5, 3\]",
+    ),
+    (dict(b_EKN=torch.ones(2, 4, 3).double()), "b_EKN must have dtype float32, got float64"),
+    (dict(b_EKN=torch.ones(2, 4, 0)), "b_EKN must have widths > 0"),
+    (
+        dict(b_EKN=torch.ones(0, 4, 3), offsets_E=torch.ones(0).int()),
+        "b_EKN must have at least one",
+    ),
+    (dict(offsets_E=torch.tensor([2, 6])), "offsets_E must have dtype int32, got int64"),
+    (dict(offsets_E=torch.ones(3).int()), r"offsets_E must have shape \(2\), got int32\[3\]"),
+    (
+        dict(offsets_E=torch.tensor([4, 2]).int()),
+        r"offsets_E must rise from 0 .*, got \[4, 2\]",
+    ),
+    (
+        dict(offsets_E=torch.tensor([4, 7]).int()),
+        r"at most 6 \(the number of rows\), got \[4, 7\]",
+    ),
+    (
+        dict(offsets_E=torch.tensor([-1, 6]).int()),
+        r"offsets_E must rise from 0 .*, got \[-1, 6\]",
+    ),
+    (dict(offsets_E=META.int().expand(2)), "offsets_E must be on cpu like the first argument, got meta"),
+    (dict(rows_N=torch.arange(6)), "rows_N must have dtype int32, got int64"),
+    (dict(rows_N=torch.zeros(6, 1).int()), r"rows_N must have shape \(\*\), got int32\[6, 1\]"),
+    (dict(rows_N=torch.full((6,), 6).int()), "rows_N must be between 0 and 5, got 6"),
+    (dict(rows_N=torch.full((6,), -1).int()), "rows_N must be between 0 and 5, got -1"),
+    (dict(rows_N=torch.zeros(5).int()), r"at most 5 \(the number of rows\), got \[2, 6\]"),
+    (dict(rows_N=META.int().expand(6)), "rows_N must be on cpu like the first argument, got meta"),
+    (dict(scale_N=torch.ones(5)), r"scale_N must have shape \(6\), got float32\[5\]"),
+    (dict(scale_N=torch.ones(6).int()), "scale_N must have dtype float64 or .*, got int32"),
+    (dict(scale_N=META.expand(6)), "scale_N must be on cpu like the first argument, got meta"),
+    (dict(activation="relu"), "activation must be None or 'relu2', got 'relu'"),
+    *(
+        (
+            dict(implementation=wrong),
+            rf"implementation must be one of sm80, sm90a, cutlass, .*, got '{wrong}'",
+        )
+        for wrong in ("", "sm100", "sm90a:", "sm90a:128", "sm90a:128x", "sm90a:0x128", "sm90a:128x208x1")
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD)
+def test_grouped_gemm_names_a_bad_argument(wrong, message):
+    with pytest.raises(ValueError, match=f"^grouped_gemm: .*{message}"):
+        hk.grouped_gemm(**{**GOOD, **wrong})
