@@ -15,9 +15,9 @@ Sm80Tile sm80_tile(const GroupedGemmArgs& args, int bytes_shared_per_block);
 const char* refuse_grouped_gemm_sm90(const GroupedGemmArgs& args);
 void grouped_gemm_sm90(const GroupedGemmArgs& args, const Exec& exec);
 
-// The tile of the sm_90a kernel for these sizes on a chip of `sms` multiprocessors: the one whose waves over the chip cost
-// least, a tile costing its area and each expert half a tile of rows that are not there. Arithmetic, not measurement: it
-// knows padding and the last wave, not the L2 cache.
+// The tile of the sm_90a kernel for these sizes on a chip of `sms` multiprocessors: the one whose waves over the chip take
+// the fewest clocks. A tile takes those of the tensor cores or of its reads from L2, whichever are more, and every expert
+// ends in half a tile of rows that are not there. Arithmetic, not yet measurement.
 struct GroupedGemmTile {
   int64_t m, n;
 };
