@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The kernels behind grouped_gemm: the implementation's name, its file in csrc/cuda, its tiles (a test reads them there).
+GROUPED_GEMM = {
+    "sm90a": ("grouped_gemm_sm90", ("128x128", "128x208", "128x224", "128x232", "256x192")),
+    "sm80": ("grouped_gemm_sm80", ("16x64", "64x128", "128x128")),
+}
 
 
 @dataclass
@@ -101,3 +110,15 @@ def save(path: str, results: list[dict]) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps({"command": command, **machine(), "results": results}, indent=1) + "\n")
+
+
+def find_nvcc() -> Path:
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if found is None:
+        raise FileNotFoundError("nvcc is neither on PATH nor in /usr/local/cuda/bin")
+    return Path(found)
+
+
+def save_checks(path: Path, checks: list[dict], **more: object) -> None:
+    """What one step of bench/gpu_check.sh found, for the record that the script writes."""
+    path.write_text(json.dumps({"checks": checks, **more}, indent=1) + "\n", encoding="utf-8")
