@@ -23,7 +23,7 @@ constexpr const char* kOp = "grouped_gemm[sm90a]";
 constexpr int kStepK = 64;  // of K in a stage: 128 bytes, one row of the swizzle
 constexpr int kBytesRow = 128;
 constexpr int kAtomM = 64;  // rows of one wgmma
-constexpr int kProducers = kWarpgroup;
+constexpr int kProducers = kWarpgroup;  // threads
 constexpr int kConsumers = 2 * kWarpgroup;
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // 128 * 40 + 256 * 232 = 384 * 168
 constexpr int kBytesShared = 227 * 1024;  // what a block of sm_90 may have
@@ -53,17 +53,18 @@ struct Problem {
   const int32_t* offsets;
   const float* scale;
   __nv_bfloat16* out;
-  int rows, experts, n, k, a_stride;
+  int rows, experts, n, k;
+  uint32_t a_stride;
   bool relu2;
 };
 
 // What lives in the dynamic shared memory.
 template <class C>
 struct Shared {
-  uint8_t* stages;   // kStages of a's tile, then b's
-  uint64_t* full;    // a stage holds its tiles
-  uint64_t* empty;   // both consumer warpgroups have read a stage
-  int* first;        // [experts + 2]: how many row tiles come before expert e
+  uint8_t* stages;  // kStages of a's tile, then b's
+  uint64_t* full;   // a stage holds its tiles
+  uint64_t* empty;  // both consumer warpgroups have read a stage
+  int* first;       // [experts + 2]: how many row tiles come before expert e
 
   HEBATRON_DEVICE explicit Shared(uint8_t* base)
       : stages(base),
@@ -158,14 +159,14 @@ HEBATRON_DEVICE void produce(const TensorMap& map_a, const TensorMap& map_b, con
       for (int i = 0; i < kRows; i++) {
         const int r = tile.row + row + 16 * i;
         const bool exists = steps > 0 && r < tile.row_end;
-        source[i] = chunk + (exists ? uint32_t(p.rows_of_a[r]) * uint32_t(p.a_stride) : 0u);
+        source[i] = chunk + (exists ? uint32_t(p.rows_of_a[r]) * p.a_stride : 0u);
         present |= uint32_t(exists) << i;
       }
     }
     for (int step = 0; step < steps; step++, ring.next()) {
       uint64_t* full = &shared.full[ring.stage];
       mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
-      if (elected && warp == (C::kGather ? step % 4 : 0)) {
+      if (elected && warp == (C::kGather ? step % (kProducers / kWarp) : 0)) {
         mbarrier_arrive_expect(full, C::kBytesB + (C::kGather ? 0 : C::kBytesA));  // the box, zero fill included
         tma_load_3d(shared.tile_b(ring.stage), &map_b, full, step * kStepK, tile.column, tile.expert);
         if (!C::kGather) tma_load_2d(shared.tile_a(ring.stage), &map_a, full, step * kStepK, tile.row);
@@ -345,9 +346,12 @@ void run(const GroupedGemmArgs& args, const Exec& exec, int64_t sms) {
     a.box[0] = kStepK, a.box[1] = C::kTileM;
     map_a = tensor_map(kOp, args.a, a);
   }
-  const Problem problem{static_cast<const uint4*>(args.a), args.rows_of_a,    args.offsets,     args.scale,
-                        static_cast<__nv_bfloat16*>(args.out), int(args.rows), int(args.experts), int(args.n),
-                        int(args.k), int(args.a_stride / 8), args.relu2};
+  Problem problem;
+  problem.a = static_cast<const uint4*>(args.a), problem.a_stride = uint32_t(args.a_stride / 8);
+  problem.rows_of_a = args.rows_of_a, problem.offsets = args.offsets, problem.scale = args.scale;
+  problem.out = static_cast<__nv_bfloat16*>(args.out);
+  problem.rows = int(args.rows), problem.experts = int(args.experts), problem.n = int(args.n), problem.k = int(args.k);
+  problem.relu2 = args.relu2;
   const int64_t most = (ceil_div(args.rows, C::kTileM) + args.experts) * ceil_div(args.n, C::kTileN);
   const LaunchShape shape{dim3(unsigned(most < sms ? most : sms)), dim3(kProducers + kConsumers), kBytesShared};
   launch(kOp, multiply<C>, shape, exec, map_a, map_b, problem);
@@ -379,8 +383,7 @@ GroupedGemmTile sm90_tile(int64_t rows, int64_t experts, int64_t n, int64_t sms)
 
 const char* refuse_grouped_gemm_sm90(const GroupedGemmArgs& args) {
   constexpr int64_t kMaxInt = 0x7fffffff;
-  const bool one_expert = args.experts == 1;
-  const int64_t b_expert_stride = one_expert ? args.b_stride : args.b_expert_stride;
+  const int64_t b_expert_stride = args.experts == 1 ? args.b_stride : args.b_expert_stride;  // of one: any
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   if (args.experts > kMaxExperts) return "experts must be at most 512";
   if (args.tile_m != 0 || args.tile_n != 0) {
