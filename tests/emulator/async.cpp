@@ -423,7 +423,8 @@ void tma_wait(int pending, bool reads_only) {
 }
 
 void check_thread_end(Thread& t) {
-  if (!t.copies.empty() || !t.groups.empty()) fail("the thread ends with cp.async copies it has not waited for");
+  const bool in_flight = std::any_of(t.groups.begin(), t.groups.end(), [](const std::vector<Copy>& group) { return !group.empty(); });
+  if (!t.copies.empty() || in_flight) fail("the thread ends with cp.async copies it has not waited for");
   for (const BulkStore& s : t.stores)
     if (s.group >= t.store_group) fail("the thread ends with TMA stores it has not committed");
   const bool unread = std::any_of(t.stores.begin(), t.stores.end(), [](const BulkStore& s) { return !s.done_reading; });

@@ -158,7 +158,7 @@ std::string line_of(const void* return_address) {
       std::string file = place, name = function;
       file = file.substr(0, file.find_first_of(" \n"));
       const size_t slash = file.find_last_of('/');
-      const std::string base = slash == std::string::npos ? file : file.substr(slash + 1);
+      const std::string base = file.substr(slash + 1, file.rfind(':') - slash - 1);  // npos + 1 is 0
       if (base == "prim.h" || base == "prim.cuh") continue;  // the primitive's own body, inlined into the kernel
       for (const char* root : {"/csrc/", "/tests/", "/bench/"}) {
         const size_t at = file.rfind(root);
