@@ -164,6 +164,7 @@ std::string line_of(const void* return_address) {
         const size_t at = file.rfind(root);
         if (at != std::string::npos) file = file.substr(at + 1);
       }
+      for (size_t at; (at = name.find("(anonymous namespace)::")) != std::string::npos;) name.erase(at, 23);
       name = name.substr(0, name.find_first_of("(<\n"));
       const size_t colon = name.rfind("::"), space = name.rfind(' ');
       if (colon != std::string::npos) name = name.substr(colon + 2);
