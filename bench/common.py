@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,21 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The kernels behind grouped_gemm: the implementation's name, its file in csrc/cuda, its tiles (a test reads them there).
+# The kernels behind grouped_gemm: implementation, file in csrc/cuda, tiles (a test compares them with that file).
 GROUPED_GEMM = {
     "sm90a": ("grouped_gemm_sm90", ("128x128", "128x208", "128x224", "128x232", "256x192")),
     "sm80": ("grouped_gemm_sm80", ("16x64", "64x128", "128x128")),
+    "cutlass": ("cutlass/grouped_gemm", ("128x128", "128x208", "128x224")),
 }
+
+
+def grouped_gemm_forms(compiled: Iterable[str], compute_capability: int) -> dict[str, str]:
+    """The `implementation=` strings that a GPU of this compute capability must run, and the kernel each one is."""
+    found = {}
+    for name, (kernel, tiles) in GROUPED_GEMM.items():
+        if kernel in compiled and (compute_capability == 90 or (name == "sm80" and compute_capability >= 80)):
+            found |= {f"{name}:{tile}": kernel for tile in tiles}
+    return found
 
 
 @dataclass

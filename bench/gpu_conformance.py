@@ -1,4 +1,4 @@
-"""Compares prim.cuh on a GPU with the emulator, bit by bit: builds bench/conformance twice, runs both, names differences.
+"""Compares prim.cuh on a GPU with the emulator, bit by bit: builds bench/conformance twice, runs both, compares.
 
     python bench/gpu_conformance.py [--only emulator] [--out checks.json] [--seconds 90]
 

@@ -1,0 +1,213 @@
+"""How the GPU benchmarks measure: events around CUDA graphs behind a flush of the L2 cache, clocks, ceilings.
+
+On the CPU (a dry run of the benchmarks' own code) there is no flush, no graph, no clock, and nothing is a result.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = (
+    256 << 20
+)  # several times any L2; writing it takes 60 us or more, in which the host queues the next call
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Times:
+    ms: float  # median
+    p10_ms: float
+    p90_ms: float
+    repeats: int
+    graph: bool  # replayed from a CUDA graph: no launch gaps in the figure
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reached in this process: floors are counted against these, not against a data sheet."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def floor_ms(self, bytes_moved: float, flops: float) -> tuple[float, str]:
+        memory, compute = bytes_moved / self.bytes_per_second, flops / self.flops_per_second
+        return 1e3 * max(memory, compute), "memory" if memory >= compute else "compute"
+
+
+class Device:
+    def __init__(self, name: str) -> None:
+        self.device = torch.device(name)
+        self.cuda = self.device.type == "cuda"
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device) if self.cuda else None
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def alive(self) -> bool:
+        """False after a fault in a kernel: the CUDA context then answers nothing more."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
+    def free(self) -> None:
+        if self.cuda and self.alive():
+            torch.cuda.empty_cache()
+
+    def times(self, rivals: dict[str, Call], repeats: int) -> dict[str, Times]:
+        """Medians of every rival, all of them in turn in each round."""
+        prepared = {name: self._prepare(call) for name, call in rivals.items()}
+        taken: dict[str, list[float]] = {name: [] for name in rivals}
+        for _ in range(repeats):
+            if not self.cuda:
+                for name, (call, _) in prepared.items():
+                    begin = time.perf_counter()
+                    call()
+                    taken[name].append(1e3 * (time.perf_counter() - begin))
+                continue
+            events = {}
+            for name, (call, _) in prepared.items():
+                assert self.flush is not None
+                self.flush.zero_()
+                events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                events[name][0].record()
+                call()
+                events[name][1].record()
+            torch.cuda.synchronize()
+            for name, (begin_event, end_event) in events.items():
+                taken[name].append(begin_event.elapsed_time(end_event))
+        return {name: _times(taken[name], prepared[name][1]) for name in rivals}
+
+    def _prepare(self, call: Call) -> tuple[Call, bool]:
+        """The replay of a graph of the call, or the call itself where it cannot be captured (it synchronises)."""
+        for _ in range(2):
+            call()
+        if not self.cuda:
+            return call, False
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError as error:
+            print(f"    not captured, timed with its launches: {str(error).splitlines()[0][:100]}")
+            torch.cuda.synchronize()
+            return call, False
+        return graph.replay, True
+
+    def ceilings(self, copy_bytes: int, matmul_size: int, repeats: int = 15) -> Ceilings:
+        """Random values: on zeros a product runs faster than on real data."""
+        source = torch.randint(0, 256, (copy_bytes,), dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        a, b = torch.randn(2, matmul_size, matmul_size, device=self.device).bfloat16()
+        taken = self.times({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, repeats)
+        return Ceilings(
+            2e3 * copy_bytes / taken["copy"].ms,
+            2e3 * matmul_size**3 / taken["matmul"].ms,
+        )
+
+
+def _times(taken: list[float], graph: bool) -> Times:
+    ordered = sorted(taken)
+    last = len(ordered) - 1
+    return Times(
+        round(statistics.median(ordered), 5),
+        round(ordered[round(0.1 * last)], 5),
+        round(ordered[round(0.9 * last)], 5),
+        len(ordered),
+        graph,
+    )
+
+
+def as_row(times: Times, floor_ms: float, bytes_moved: float, flops: float) -> dict[str, Any]:
+    rates = {"gb_per_s": round(bytes_moved / times.ms / 1e6, 1), "tflops": round(flops / times.ms / 1e9, 2)}
+    return {**asdict(times), **rates, "percent_of_floor": round(100 * floor_ms / times.ms, 1)}
+
+
+class Clocks:
+    """nvidia-smi every 100 ms in the background; `between` gives the medians of a stretch of time."""
+
+    FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted
+        self.samples: list[tuple[float, list[float]]] = []
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Clocks:
+        if self.wanted:
+            query = f"--query-gpu={','.join(self.FIELDS)}"
+            command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-lms", "100", "-i", _gpu_id()]
+            try:
+                self.process = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                )
+            except FileNotFoundError:
+                print("nvidia-smi is not on PATH: no clocks in the record")
+            else:
+                threading.Thread(target=self._read, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+
+    def _read(self) -> None:
+        assert self.process is not None and self.process.stdout is not None
+        for line in self.process.stdout:
+            values = [_number(field) for field in line.split(",")]
+            if len(values) == len(self.FIELDS):
+                self.samples.append((time.monotonic(), values))
+
+    def between(self, begin: float, end: float) -> dict[str, float]:
+        """Empty where no sample fell into the stretch."""
+        inside = [values for at, values in self.samples if begin <= at <= end]
+        if not inside:
+            return {}
+        return {name: round(statistics.median(column), 1) for name, column in zip(self.FIELDS, zip(*inside))}
+
+
+def _number(field: str) -> float:
+    try:
+        return float(field)
+    except ValueError:
+        return float("nan")  # "[N/A]" where a card does not tell
+
+
+def _gpu_id() -> str:
+    """The current device as nvidia-smi knows it, whatever CUDA_VISIBLE_DEVICES says."""
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """GPU, driver and torch; on the CPU what a dry run shows in their place."""
+    if device.type != "cuda":
+        return {"gpu": "none (dry run on the CPU)", "arch": "none", "torch": torch.__version__}
+    properties = torch.cuda.get_device_properties(device)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", _gpu_id()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "gpu": properties.name,
+        "arch": f"sm_{properties.major}{properties.minor}",
+        "sms": properties.multi_processor_count,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "l2_mb": round(properties.L2_cache_size / 1e6, 1),
+        "driver": driver.stdout.strip(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+    }

@@ -1,0 +1,200 @@
+"""The timing table: every kernel and tile at the model's shapes, its floor, its rivals, in one process.
+
+    python bench/gpu_kernels.py [--seconds 150] [--out timings.json]
+    python bench/gpu_kernels.py --device cpu          dry run: the same code at toy sizes, no figure means anything
+
+Medians of CUDA events over 15 calls, each replayed from a CUDA graph behind a write of 256 MB, rivals in turn. A
+problem's floor is the larger of its bytes over a measured copy's rate and its operations over a measured 8192^3
+product's. Results are compared with the torch form before anything is timed; tests/gpu holds them to the oracle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import GROUPED_GEMM
+from gpu_device import Call, Ceilings, Clocks, Device, as_row, machine
+from gpu_problems import TINY, Problem, Sizes, problems
+from torch import Tensor
+
+from hebatron_kernels import _native
+
+REPEATS = 15
+FARTHEST = (
+    2e-2  # relative distance from the torch form: two bf16 roundings there against one here stay under 1e-2
+)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty holds NaN: a part of a result that no kernel wrote cannot pass for one left from before."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def distance(got: Any, want: Any) -> float:
+    """The largest ||got - want|| / ||want|| over the tensors of a result; NaN where either holds one."""
+    pairs = [(got, want)] if isinstance(got, Tensor) else list(zip(got, want))
+    apart = 0.0
+    for g, w in pairs:
+        norm = torch.linalg.vector_norm(w, dtype=torch.float32).item()
+        difference = torch.linalg.vector_norm(g - w, dtype=torch.float32).item()
+        apart = max(apart, difference / norm) if norm == norm and difference == difference else float("nan")
+        if apart != apart:
+            break
+    return apart
+
+
+def checked(device: Device, problem: Problem) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
+    """The rivals that run and give the reference's result, and what each was found to do."""
+    good: dict[str, Call] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    lacking = (RuntimeError, ValueError)  # a rival that this torch or GPU lacks is a row, not the end
+    with poisoned():
+        want = problem.rivals[problem.reference]() if problem.reference else None
+        for name, call in problem.rivals.items():
+            try:
+                got = call()
+                device.synchronize()  # a fault belongs to the rival that made it
+                apart = None
+                if want is not None and name not in problem.other_results:
+                    apart = distance(got, want)
+            except lacking as error:
+                rows[name] = {"error": str(error).splitlines()[0][:200]}
+                if not device.alive():
+                    break
+                continue
+            rows[name] = {} if apart is None else {"distance": float(f"{apart:.3g}")}
+            if apart is not None and not apart <= FARTHEST:
+                rows[name]["error"] = f"is {apart:.2e} from the {problem.reference}, {FARTHEST} allowed"
+                continue
+            good[name] = call
+    return good, rows
+
+
+def kernel_of(problem: Problem, rival: str) -> str | None:
+    """The kernel that a rival exercises, where it is one of ours; the choice among several is none of them."""
+    if rival == "ours":
+        return problem.kernel
+    implementation = rival.partition(":")[0]
+    return GROUPED_GEMM[implementation][0] if implementation in GROUPED_GEMM else None
+
+
+def measure(
+    device: Device, problem: Problem, ceilings: Ceilings, clocks: Clocks, repeats: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    good, rivals = checked(device, problem)
+    begin = time.monotonic()
+    floor_ms, bound = ceilings.floor_ms(problem.bytes_moved, problem.flops)
+    if device.alive():
+        for name, times in device.times(good, repeats).items():
+            rivals[name] |= as_row(times, floor_ms, problem.bytes_moved, problem.flops)
+    row = {
+        "kernel": problem.kernel,
+        "case": problem.case,
+        "bytes": problem.bytes_moved,
+        "flops": problem.flops,
+        "floor_ms": round(floor_ms, 5),
+        "bound": bound,
+        "clocks": clocks.between(begin, time.monotonic()),
+        "rivals": rivals,
+    }
+    checks = []
+    for name, found in rivals.items():
+        kernel = kernel_of(problem, name)
+        if kernel is not None:
+            passed = "error" not in found
+            detail = "" if passed else found["error"]
+            checks.append(
+                {
+                    "kernel": kernel,
+                    "check": "values",
+                    "name": f"{problem.case} {name}",
+                    "passed": passed,
+                    "detail": detail,
+                }
+            )
+    return row, checks
+
+
+def show(row: dict[str, Any]) -> None:
+    clock = row["clocks"].get("clocks.sm")
+    at = f", {clock:.0f} MHz" if clock else ""
+    print(f"{row['kernel']} {row['case']}: floor {row['floor_ms']:.4f} ms ({row['bound']}{at})")
+    for name, found in sorted(row["rivals"].items(), key=lambda item: item[1].get("ms", 1e9)):
+        if "ms" not in found:
+            print(f"    {name:<32} {found.get('error', 'not timed')}")
+            continue
+        launches = "" if found["graph"] else "  with launches"
+        print(
+            f"    {name:<32} {found['ms']:9.4f} ms  {found['percent_of_floor']:5.1f} % of floor  "
+            f"{found['tflops']:7.1f} TFLOP/s  {found['gb_per_s']:7.1f} GB/s{launches}"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument(
+        "--without", action="append", default=[], help="leave out this implementation (sm90a, ...)"
+    )
+    options = parser.parse_args()
+    if options.device == "cuda" and (not torch.cuda.is_available() or _native.cuda_module is None):
+        parser.error(
+            f"needs a GPU and the _cuda module; GPU: {torch.cuda.is_available()}, _cuda: {_native.cuda_missing}"
+        )
+    torch.manual_seed(0)
+    deadline = time.monotonic() + options.seconds
+    device = Device(options.device)
+    dry = not device.cuda
+    sizes, repeats = (TINY, 3) if dry else (Sizes(), REPEATS)
+    if dry:
+        print("DRY RUN on the CPU at toy sizes: no figure below means anything")
+    rows: list[dict[str, Any]] = []
+    checks: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    with Clocks(device.cuda) as clocks:
+        ceilings = device.ceilings(sizes.copy_bytes, sizes.matmul_size, repeats)
+        print(f"ceilings: {asdict(ceilings)}")
+        for name, make in problems(sizes, device.device):
+            if time.monotonic() > deadline or not device.alive():
+                skipped.append(name)
+                continue
+            problem = make()
+            for rival in [r for r in problem.rivals if r.partition(":")[0] in options.without]:
+                del problem.rivals[rival]
+            row, found = measure(device, problem, ceilings, clocks, repeats)
+            del problem
+            device.free()
+            show(row)
+            rows.append(row)
+            checks += found
+            if options.out:  # after every problem: a run that is stopped leaves what it has
+                record = {"dry_run": dry, "machine": machine(device.device), "ceilings": asdict(ceilings)}
+                record |= {"rows": rows, "skipped": skipped, "checks": checks}
+                options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if skipped:
+        why = "out of time" if device.alive() else "a kernel faulted"
+        print(f"{why}: {len(skipped)} problems not timed: {', '.join(skipped)}")
+    failed = [check for check in checks if not check["passed"]]
+    for check in failed:
+        print(f"FAILED {check['name']}: {check['detail']}")
+    return 1 if failed or skipped else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,234 @@
+"""What the GPU timing table holds: our kernels at the model's shapes beside their rivals, and torch's own bars.
+
+T tokens, E experts, K chosen, N = T*K routed rows, D width, F expert width. Each problem is made when its turn comes
+and freed after it. `bytes_moved` counts each input and each output once; only experts with rows are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from common import grouped_gemm_forms
+from gpu_device import Call
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hebatron_kernels as hk
+from hebatron_kernels import _native
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Nano 30B-A3B, and how much of it to time."""
+
+    width: int = 2688
+    expert_width: int = 1856
+    experts: int = 128
+    top_k: int = 6
+    tokens: tuple[int, ...] = (4096, 16384, 1024, 64, 8, 1)
+    tokens_once: int = 65536
+    inner: int = 4096  # Mamba-2: 64 heads of 64, its gated norm in 8 groups
+    attention: tuple[int, ...] = (4096, 16384)
+    decode: tuple[tuple[int, int], ...] = ((1, 65536), (32, 8192))
+    projections: tuple[tuple[str, int, int], ...] = (("in_proj", 2688, 10304), ("lm_head", 2688, 131072))
+    projection_tokens: tuple[int, ...] = (64, 4096)
+    copy_bytes: int = 4 << 30
+    matmul_size: int = 8192
+
+
+TINY = Sizes(
+    width=64,
+    expert_width=48,
+    experts=4,
+    top_k=2,
+    tokens=(8, 1),
+    tokens_once=16,
+    inner=64,
+    attention=(32,),
+    decode=((1, 64),),
+    projections=(("in_proj", 64, 96),),
+    projection_tokens=(4,),
+    copy_bytes=1 << 20,
+    matmul_size=64,
+)
+
+
+@dataclass
+class Problem:
+    kernel: str
+    case: str
+    bytes_moved: float
+    flops: float
+    rivals: dict[str, Call]
+    reference: str = ""  # the rival whose result the others must give
+    other_results: set[str] = field(default_factory=set)  # rivals that do less than the whole operator
+
+
+Maker = Callable[[], Problem]
+
+
+def problems(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
+    """(what it is, what makes it), the most wanted first: time may run out."""
+    weights: dict[str, Tensor] = {}
+    routed = [(tokens, routing) for routing in ("uniform", "zipf") for tokens in sizes.tokens]
+    for tokens, routing in [*routed, (sizes.tokens_once, "uniform")]:
+        for step in ("up", "down"):
+            name = f"grouped_gemm {step} {tokens} {routing}"
+            yield name, partial(grouped, sizes, device, weights, step, tokens, routing)
+        if (tokens, routing) == routed[len(sizes.tokens) - 1]:
+            yield from norms(sizes, device)
+    yield from baselines(sizes, device)
+
+
+def route(sizes: Sizes, tokens: int, routing: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """rows_N (int32, the token of each routed row, sorted by expert) and offsets_E, with K distinct experts a token."""
+    likely_E = torch.ones(sizes.experts)
+    if routing == "zipf":
+        likely_E = 1.0 / torch.arange(1, sizes.experts + 1)
+    ids_TK = torch.multinomial(likely_E.expand(tokens, -1), sizes.top_k)
+    rows_N = torch.argsort(ids_TK.flatten(), stable=True) // sizes.top_k
+    offsets_E = torch.bincount(ids_TK.flatten(), minlength=sizes.experts).cumsum(0)
+    return rows_N.int().to(device), offsets_E.int().to(device)
+
+
+def grouped(
+    sizes: Sizes, device: torch.device, weights: dict[str, Tensor], step: str, tokens: int, routing: str
+) -> Problem:
+    """up: gather, product, relu2, scale. down: the product of the rows as they lie."""
+    up = step == "up"
+    inner, outer = (sizes.width, sizes.expert_width) if up else (sizes.expert_width, sizes.width)
+    if step not in weights:
+        weights[step] = torch.randn(sizes.experts, outer, inner, device=device, dtype=BF16) * 0.02
+    b_EKN = weights[step].transpose(1, 2)
+    rows_N, offsets_E = route(sizes, tokens, routing, device)
+    count = rows_N.numel()
+    a = torch.randn(tokens if up else count, inner, device=device, dtype=BF16)
+    scale_N = torch.rand(count, device=device) + 0.5
+    gathered = a.index_select(0, rows_N) if up else a
+    args = (a, b_EKN, offsets_E, rows_N, scale_N, "relu2") if up else (a, b_EKN, offsets_E)
+    in_place = (gathered, b_EKN, offsets_E, None, scale_N, "relu2") if up else args  # CUTLASS gathers no rows
+    ends = [0, *offsets_E.tolist()]
+    used = sum(1 for e in range(sizes.experts) if ends[e + 1] > ends[e])
+    rivals: dict[str, Call] = {"torch form": lambda: hk.grouped_gemm(*args, backend="torch")}
+    if device.type == "cuda":
+        rivals["ours"] = lambda: hk.grouped_gemm(*args, backend="native")
+        for form in forms_of(device):
+            given = in_place if form.startswith("cutlass") else args
+            rivals[form] = partial(hk.grouped_gemm, *given, implementation=form, backend="native")
+    grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+    if grouped_mm is not None:
+        rivals["grouped_mm, product alone"] = lambda: grouped_mm(gathered, b_EKN, offs=offsets_E)
+    rivals["cuBLAS by expert, product alone"] = partial(by_expert, gathered, b_EKN, ends)
+    return Problem(
+        "grouped_gemm",
+        f"{step} {tokens} {routing}",
+        2.0 * (used * inner * outer + a.numel() + count * outer) + (8.0 * count if up else 0.0),
+        2.0 * count * inner * outer,
+        rivals,
+        "torch form",
+        {name for name in rivals if name.endswith("product alone")},
+    )
+
+
+def forms_of(device: torch.device) -> list[str]:
+    major, minor = torch.cuda.get_device_capability(device)
+    compiled = [] if _native.cuda_module is None else _native.cuda_module.kernels()
+    return list(grouped_gemm_forms(compiled, 10 * major + minor))
+
+
+def by_expert(a_NK: Tensor, b_EKM: Tensor, ends: list[int]) -> Tensor:
+    out_NM = a_NK.new_empty(a_NK.shape[0], b_EKM.shape[2])
+    for expert in range(b_EKM.shape[0]):
+        begin, end = ends[expert], ends[expert + 1]
+        if end > begin:
+            torch.mm(a_NK[begin:end], b_EKM[expert], out=out_NM[begin:end])
+    return out_NM
+
+
+NORM_FORMS = {"plain": 2, "residual": 4, "gated": 3}  # tensors moved by the forward
+NORM_BACKWARD = {
+    "plain": 3,
+    "residual": 6,
+    "gated": 5,
+}  # and by the backward: inputs, incoming gradients, gradients
+
+
+def norms(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
+    for tokens in (*sizes.tokens, sizes.tokens_once):
+        for form in NORM_FORMS:
+            yield f"norm {form} {tokens}", partial(norm, sizes, device, form, tokens, False)
+    for form in NORM_FORMS:
+        yield f"norm {form} backward", partial(norm, sizes, device, form, sizes.tokens[0], True)
+
+
+def norm(sizes: Sizes, device: torch.device, form: str, tokens: int, backward: bool) -> Problem:
+    width = sizes.inner if form == "gated" else sizes.width
+    x, other = torch.randn(2, tokens, width, device=device).to(BF16)
+    weight = 1 + 0.1 * torch.randn(width, device=device)
+    residual, gate = (other if form == name else None for name in ("residual", "gated"))
+    group = width // 8 if form == "gated" else None
+    args = (x, weight, 1e-5, residual, gate, group)
+    backends = {"native": "ours", "torch": "torch form"} if device.type == "cuda" else {"torch": "torch form"}
+    rivals: dict[str, Call] = {}
+    for backend, name in backends.items():
+        rivals[name] = partial(_both_ways if backward else hk.rms_norm, *args, backend=backend)
+    if form == "plain" and not backward:
+        rivals["F.rms_norm"] = lambda: F.rms_norm(x, (width,), weight.to(BF16), 1e-5)
+    tensors = NORM_FORMS[form] + (NORM_BACKWARD[form] if backward else 0)
+    case = f"{form} {tokens}x{width}" + (" forward and backward" if backward else "")
+    return Problem("norm", case, 2.0 * tensors * x.numel() + 4.0 * width, 0.0, rivals, "torch form")
+
+
+def _both_ways(*args: Tensor | float | None, backend: str) -> list[Tensor]:
+    leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]
+    wanted = [a for a in leaves if isinstance(a, Tensor)]
+    out = hk.rms_norm(*leaves, backend=backend)
+    outputs = [out] if isinstance(out, Tensor) else list(out)
+    return list(torch.autograd.grad(outputs, wanted, [wanted[0].detach()] * len(outputs)))
+
+
+def baselines(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
+    for tokens in sizes.attention:
+        yield f"attention {tokens}", partial(attention, device, tokens)
+    for batch, context in sizes.decode:
+        yield f"decode {batch}x{context}", partial(decode, device, batch, context)
+    for name, inner, outer in sizes.projections:
+        for tokens in sizes.projection_tokens:
+            yield f"{name} {tokens}", partial(projection, device, name, tokens, inner, outer)
+
+
+def attention(device: torch.device, tokens: int) -> Problem:
+    q = torch.randn(1, 32, tokens, 128, device=device, dtype=BF16)
+    k, v = torch.randn(2, 1, 2, tokens, 128, device=device, dtype=BF16)
+
+    def with_backend(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    names = ("FLASH_ATTENTION", "CUDNN_ATTENTION") if device.type == "cuda" else ("MATH",)
+    rivals: dict[str, Call] = {f"SDPA {n}": partial(with_backend, getattr(SDPBackend, n)) for n in names}
+    bytes_moved = 2.0 * (2 * q.numel() + k.numel() + v.numel())
+    return Problem("baseline", f"causal attention {tokens}", bytes_moved, 2.0 * 32 * tokens**2 * 128, rivals)
+
+
+def decode(device: torch.device, batch: int, context: int) -> Problem:
+    q = torch.randn(batch, 32, 1, 128, device=device, dtype=BF16)
+    k, v = torch.randn(2, batch, 2, context, 128, device=device, dtype=BF16)
+    rivals: dict[str, Call] = {
+        "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+    }
+    return Problem("baseline", f"decode {batch}x{context}", 2.0 * (k.numel() + v.numel()), 0.0, rivals)
+
+
+def projection(device: torch.device, name: str, tokens: int, inner: int, outer: int) -> Problem:
+    x = torch.randn(tokens, inner, device=device, dtype=BF16)
+    w = torch.randn(outer, inner, device=device, dtype=BF16) * 0.02
+    bytes_moved = 2.0 * (x.numel() + w.numel() + tokens * outer)
+    rivals: dict[str, Call] = {"F.linear": lambda: F.linear(x, w)}
+    return Problem("baseline", f"{name} {tokens}", bytes_moved, 2.0 * tokens * inner * outer, rivals)
