@@ -520,7 +520,10 @@ void store_release(uint32_t* p, uint32_t v) {
   access(p, 4, Access::atomic, thread_actor());
   *p = v;
   progress++;
-  if (checked()) release(published[p]);
+  if (checked()) {
+    published[p].clear();  // whoever reads this value is ordered after this thread, not after earlier writers
+    release(published[p]);
+  }
   maybe_preempt();
 }
 
