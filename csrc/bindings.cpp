@@ -1,15 +1,21 @@
-// The only file that knows Python. Compiled once per module (_cpu, _cuda); every argument is keyword-only, tensors come
-// as integers (data pointers), the GIL is released while a kernel runs.
+// The only file that knows Python. Compiled once per module (_cpu, _cuda, _emu); every argument is keyword-only, tensors
+// come as integers (data pointers), the GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <algorithm>
 
 #include "hebatron/ops.h"
 #ifdef HEBATRON_MODULE_CPU
 #include "cpu/dispatch.h"
 namespace backend = hebatron::cpu;
-#define HEBATRON_MODULE_OPS HEBATRON_OPS
+#define HEBATRON_MODULE_OPS HEBATRON_CPU_OPS
+#else
+#ifdef HEBATRON_EMULATOR
+#include "emulator.h"
 #else
 #include "cuda/device.h"
+#endif
 namespace backend = hebatron::cuda;
 #define HEBATRON_MODULE_OPS HEBATRON_CUDA_OPS
 #endif
@@ -175,6 +181,32 @@ static SsdUpdateArgs read(Reader& in, SsdUpdateArgs*) {
   a.y = in.pointer("y");
   return a;
 }
+#else
+static GroupedGemmArgs read(Reader& in, GroupedGemmArgs*) {
+  GroupedGemmArgs a{};
+  a.rows = in.integer("rows");
+  a.a_rows = in.integer("a_rows");
+  a.experts = in.integer("experts");
+  a.n = in.integer("n");
+  a.k = in.integer("k");
+  a.relu2 = in.integer("relu2") != 0;
+  a.a = in.pointer("a");
+  a.a_stride = in.integer("a_stride");
+  a.rows_of_a = (const int32_t*)in.pointer("rows_of_a");
+  a.b = in.pointer("b");
+  a.b_expert_stride = in.integer("b_expert_stride");
+  a.b_stride = in.integer("b_stride");
+  a.b_k_major = in.integer("b_k_major") != 0;
+  a.offsets = (const int32_t*)in.pointer("offsets");
+  a.scale = (const float*)in.pointer("scale");
+  a.out = in.pointer("out");
+  const int64_t implementation = in.integer("implementation");
+  check(implementation >= 0 && implementation <= int(GroupedGemm::cutlass), "grouped_gemm", "implementation must be 0 to 3", implementation);
+  a.implementation = GroupedGemm(implementation);
+  a.tile_m = in.integer("tile_m");
+  a.tile_n = in.integer("tile_n");
+  return a;
+}
 #endif
 
 template <class Args>
@@ -184,6 +216,60 @@ static Args parse(const py::kwargs& kw) {
   in.finish();
   return args;
 }
+
+#ifdef HEBATRON_EMULATOR
+static const std::pair<const char*, emulator::Mode> kModes[] = {
+    {"eager", emulator::Mode::eager}, {"lazy", emulator::Mode::lazy}, {"random", emulator::Mode::random}};
+
+static py::dict emulator_options() {
+  const emulator::Options& o = emulator::options();
+  py::dict found;
+  for (const auto& [name, mode] : kModes)
+    if (mode == o.mode) found["mode"] = name;
+  found["seed"] = o.seed;
+  found["sms"] = o.sms;
+  found["compute_capability"] = o.compute_capability;
+  found["bytes_shared"] = o.bytes_shared;
+  found["max_resident_threads"] = o.max_resident_threads;
+  return found;
+}
+
+// Takes any of the options by name; a wrong one changes nothing.
+static void configure_emulator(const py::kwargs& kw) {
+  emulator::Options o = emulator::options();
+  for (const auto& [key, value] : kw) {
+    const std::string name = py::str(key);
+    if (name == "mode") {
+      const std::string wanted = py::str(value);
+      const auto* found = std::find_if(std::begin(kModes), std::end(kModes), [&](const auto& m) { return wanted == m.first; });
+      if (found == std::end(kModes)) fail("emulator: mode must be eager, lazy or random, got " + wanted);
+      o.mode = found->second;
+    } else if (name == "seed") {
+      o.seed = value.cast<uint64_t>();
+    } else {
+      int* const option = name == "sms"                    ? &o.sms
+                          : name == "compute_capability"   ? &o.compute_capability
+                          : name == "bytes_shared"         ? &o.bytes_shared
+                          : name == "max_resident_threads" ? &o.max_resident_threads
+                                                           : nullptr;
+      if (!option) fail("emulator: there is no option " + name);
+      *option = value.cast<int>();
+      check(*option >= 1, "emulator", (name + " must be >= 1").c_str(), *option);
+    }
+  }
+  emulator::options() = o;
+}
+
+static py::dict emulator_statistics() {
+  const emulator::Statistics s = emulator::take_statistics();
+  py::dict found;
+  found["launches"] = s.launches;
+  found["switches"] = s.switches;
+  found["async_operations"] = s.async_operations;
+  found["matrix_operations"] = s.matrix_operations;
+  return found;
+}
+#endif
 
 PYBIND11_MODULE(HEBATRON_MODULE, m) {
 #define HEBATRON_BIND(name, Args)                                                                          \
@@ -200,6 +286,13 @@ PYBIND11_MODULE(HEBATRON_MODULE, m) {
   m.def("available_isas", &cpu::available_isas);
   m.def("current_isa", &cpu::current_isa);
   m.def("set_isa", &cpu::set_isa);
+#elif defined(HEBATRON_EMULATOR)
+  m.def("configure", &configure_emulator);
+  m.def("options", &emulator_options);
+  m.def("allow_memory", [](Ptr address, size_t bytes, const std::string& name) { emulator::allow_memory((const void*)address, bytes, name); });
+  m.def("forget_memory", &emulator::forget_memory);
+  m.def("take_statistics", &emulator_statistics);
+  m.def("checked", &emulator::checked);
 #else
   m.def("device_count", &cuda::device_count);
   m.def("compiled_archs", &cuda::compiled_archs);

@@ -39,8 +39,9 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def load_extension(name: str, path: Path) -> ModuleType:
-    """A compiled module from a folder of its own; the same name may be loaded from several."""
-    spec = importlib.util.spec_from_file_location(f"hebatron_kernels.{name}", path)
+    """A compiled module from a folder of its own; the same name may be loaded from several. The folder is part of the
+    module's name: pybind11 would give back the first of two with the same one."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}.{name}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path}: not a module of this Python")
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,5 @@
-"""What the operators' tests share: the oracle rule, comparison of a backend with its reference, the ISAs present.
+"""What the operators' tests share: the oracle rule, comparison of a backend with its reference, the ISAs present, and
+the emulator of the CUDA kernels (docs/emulator.md).
 
 The oracle rule: a result may err from the fp64 reference by at most twice what the torch form errs at the same dtype,
 plus a noise term measured from the data (how far the reference itself moves when its inputs are rounded differently,
@@ -7,16 +8,27 @@ and how far rounding its result to the dtype moves it). Both the largest and the
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native
+from ._check import BackendError
 
 Args = Sequence[Any]
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def isas() -> list[str]:
@@ -184,3 +196,101 @@ def strided(x: Tensor, extra: int = 3) -> Tensor:
     wide = torch.full((*x.shape[:-1], x.shape[-1] + extra), float("nan"), dtype=x.dtype)
     wide[..., 1 : 1 + x.shape[-1]] = x
     return wide[..., 1 : 1 + x.shape[-1]]
+
+
+def _tool(name: str) -> str | None:
+    """Beside this Python first: an environment that is not activated has its tools there."""
+    here = str(Path(sys.executable).parent)
+    return shutil.which(name, path=os.pathsep.join([here, os.environ.get("PATH", "")]))
+
+
+def emulator_lacks() -> str | None:
+    """What this machine lacks to build the emulator, or None."""
+    if not (ROOT / "tests/emulator/CMakeLists.txt").exists() or not (ROOT / "csrc/cuda").is_dir():
+        return f"the source tree (tests/emulator and csrc), looked for in {ROOT}"
+    chosen = os.environ.get("CXX")
+    if not any(_tool(name) for name in ([chosen] if chosen else ["c++", "g++", "clang++"])):
+        return f"a C++ compiler ({chosen or 'c++, g++ or clang++'})"
+    for tool in ("cmake", "ninja"):
+        if _tool(tool) is None:
+            return f"{tool} (pip install {tool})"
+    return None if find_spec("pybind11") else "pybind11 (pip install pybind11)"
+
+
+@cache
+def _emulator(checked: bool) -> ModuleType:
+    lacks = emulator_lacks()
+    if lacks is not None:
+        raise BackendError(f"load_emulator: needs {lacks}")
+    import fcntl  # POSIX only, as the emulator is
+
+    import pybind11
+
+    build = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}-{'checked' if checked else 'plain'}"
+    options = [
+        f"-DHEBATRON_EMULATOR_CHECKED={'ON' if checked else 'OFF'}",
+        f"-DHEBATRON_PYBIND11_INCLUDE={pybind11.get_include()}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+        *([f"-DCMAKE_CXX_COMPILER={os.environ['CXX']}"] if os.environ.get("CXX") else []),
+    ]
+    build.mkdir(parents=True, exist_ok=True)
+    with open(build / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building it
+        stamp, wanted = build / "options.txt", "\n".join([str(ROOT), *options])
+        if not stamp.exists() or stamp.read_text() != wanted:
+            (build / "CMakeCache.txt").unlink(missing_ok=True)
+            _build_step("-S", str(ROOT / "tests/emulator"), "-B", str(build), "-G", "Ninja", *options)
+            stamp.write_text(wanted)
+        _build_step("--build", str(build), "--parallel", str(os.cpu_count() or 1))
+    return _native.load_extension("_emu", build / f"_emu{EXTENSION_SUFFIXES[0]}")
+
+
+def _build_step(*arguments: str) -> None:
+    done = subprocess.run([str(_tool("cmake")), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BackendError(f"load_emulator: the build failed\n{(done.stdout + done.stderr)[-8000:]}")
+
+
+def load_emulator(checked: bool = False) -> None:
+    """Makes backend="emulator" run the CUDA kernels of this source tree on CPU tensors.
+
+    Builds the module on the first call in a process (into build/, only what changed) and loads it. A later call may
+    switch to the other build.
+
+    Args:
+        checked: the build that follows every memory access of the kernels and reports data races, accesses out of
+            bounds and undefined behaviour as errors; slower.
+
+    Raises:
+        BackendError: the source tree, the compiler, CMake, ninja or pybind11 is missing, or the build failed.
+    """
+    _native.emulator_module = _emulator(checked)
+
+
+@contextmanager
+def emulate(
+    mode: str = "lazy", seed: int = 0, sms: int = 3, checked: bool | None = None, **others: int
+) -> Iterator[None]:
+    """The emulator's options for the calls inside; afterwards they are what they were before.
+
+    Args:
+        mode: when copies and products in flight are done: "eager" at once, "lazy" as late as the waits allow,
+            "random" at moments that the seed chooses.
+        seed: of the random mode and of the order of the threads.
+        sms: multiprocessors of the emulated GPU.
+        checked: the build to use inside; None is the one loaded, and the plain one where none is.
+        others: compute_capability (90 for sm_90), bytes_shared, max_resident_threads.
+    """
+    before = _native.emulator_module
+    if checked is not None or before is None:
+        load_emulator(bool(checked))
+    module = _native.emulator_module
+    assert module is not None
+    options = module.options()
+    try:
+        module.configure(mode=mode, seed=seed, sms=sms, **others)
+        yield
+    finally:
+        module.configure(**options)
+        _native.emulator_module = before

@@ -4,9 +4,9 @@
 
 #include "hebatron/ops.h"
 
-#define HEBATRON_DECLARE_ISA(isa) \
-  namespace hebatron::isa {       \
-  HEBATRON_OPS(HEBATRON_DECLARE)  \
+#define HEBATRON_DECLARE_ISA(isa)    \
+  namespace hebatron::isa {          \
+  HEBATRON_CPU_OPS(HEBATRON_DECLARE) \
   }
 HEBATRON_DECLARE_ISA(portable)
 #ifdef HEBATRON_HAVE_AVX2
@@ -24,7 +24,7 @@ struct Table {
 #define HEBATRON_FIELD(name, Args)         \
   void (*name)(const Args&, const Exec&);  \
   int64_t (*name##_workspace)(const Args&);
-  HEBATRON_OPS(HEBATRON_FIELD)
+  HEBATRON_CPU_OPS(HEBATRON_FIELD)
 };
 
 #define HEBATRON_PORTABLE_FIELD(name, Args) , portable::name, portable::name##_workspace
@@ -39,11 +39,11 @@ const std::vector<Table>& tables() {
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
   static const std::vector<Table> all = {
-      {"portable", true HEBATRON_OPS(HEBATRON_PORTABLE_FIELD)},
+      {"portable", true HEBATRON_CPU_OPS(HEBATRON_PORTABLE_FIELD)},
 #ifdef HEBATRON_HAVE_AVX2
-      {"avx2", has_avx2 HEBATRON_OPS(HEBATRON_AVX2_FIELD)},
-      {"avx512", has_avx512 HEBATRON_OPS(HEBATRON_AVX512_FIELD)},
-      {"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16") HEBATRON_OPS(HEBATRON_AVX512_BF16_FIELD)},
+      {"avx2", has_avx2 HEBATRON_CPU_OPS(HEBATRON_AVX2_FIELD)},
+      {"avx512", has_avx512 HEBATRON_CPU_OPS(HEBATRON_AVX512_FIELD)},
+      {"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16") HEBATRON_CPU_OPS(HEBATRON_AVX512_BF16_FIELD)},
 #endif
   };
   return all;
@@ -92,6 +92,6 @@ void set_isa(const std::string& name) { chosen = find(name); }
 #define HEBATRON_FORWARD(name, Args)                                               \
   void name(const Args& args, const Exec& exec) { table().name(args, exec); }      \
   int64_t name##_workspace(const Args& args) { return table().name##_workspace(args); }
-HEBATRON_OPS(HEBATRON_FORWARD)
+HEBATRON_CPU_OPS(HEBATRON_FORWARD)
 
 }  // namespace hebatron::cpu

@@ -111,23 +111,25 @@ struct GroupedGemmArgs {
   int64_t tile_m, tile_n;  // 0, 0: the implementation chooses
 };
 
-// Every operator: X(name, Args). Those of the first list have a CUDA form too.
-#define HEBATRON_CUDA_OPS(X)     \
-  X(rms_norm_fwd, RmsNormArgs)   \
-  X(rms_norm_bwd, RmsNormBwdArgs)
-#define HEBATRON_OPS(X)                     \
-  HEBATRON_CUDA_OPS(X)                      \
-  X(causal_conv1d_fwd, ConvArgs)            \
-  X(causal_conv1d_bwd, ConvBwdArgs)         \
-  X(causal_conv1d_update, ConvUpdateArgs)   \
+// The operators of each module: X(name, Args).
+#define HEBATRON_CPU_OPS(X)               \
+  X(rms_norm_fwd, RmsNormArgs)            \
+  X(rms_norm_bwd, RmsNormBwdArgs)         \
+  X(causal_conv1d_fwd, ConvArgs)          \
+  X(causal_conv1d_bwd, ConvBwdArgs)       \
+  X(causal_conv1d_update, ConvUpdateArgs) \
   X(ssd_update, SsdUpdateArgs)
+#define HEBATRON_CUDA_OPS(X)     \
+  X(rms_norm_fwd, RmsNormArgs)    \
+  X(rms_norm_bwd, RmsNormBwdArgs) \
+  X(grouped_gemm_fwd, GroupedGemmArgs)
 
 #define HEBATRON_DECLARE(name, Args)             \
   void name(const Args& args, const Exec& exec); \
   int64_t name##_workspace(const Args& args);
 
 namespace cpu {
-HEBATRON_OPS(HEBATRON_DECLARE)
+HEBATRON_CPU_OPS(HEBATRON_DECLARE)
 }
 namespace cuda {
 HEBATRON_CUDA_OPS(HEBATRON_DECLARE)

@@ -59,6 +59,8 @@ def supports_grouped_gemm(
             return f"needs the rows of {name} to start on 16 bytes, got strides {tuple(tensor.stride())}"
     if stored.stride(1) < stored.shape[2] or stored.stride(0) < 0:
         return f"needs b_EKN without overlap, got strides {tuple(b_EKM.stride())}"
+    if implementation is not None and implementation.startswith("cutlass") and not a_RK.is_cuda:
+        return "CUTLASS's kernels run on a GPU only"
     if implementation is not None and implementation.startswith("sm90a") and not _stored_by_output(b_EKM):
         return "sm90a needs b_EKN as the transposed view of weights stored (E, M, K)"
     return None
