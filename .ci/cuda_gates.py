@@ -101,13 +101,19 @@ def kernel_of(demangled: str) -> str:
 def check_file(
     file: str, budget: dict[str, Any], sass: dict[Build, Counter[str]], log: Log, names: dict[str, str]
 ) -> list[str]:
-    """What one object file's kernels lack of their budget. `names` maps symbols to kernels."""
+    """What one object file's kernels lack of their budget. `names`: each symbol, demangled."""
     failures = []
     archs = {arch for _, arch in sass}
     if archs != set(budget["archs"]):
         failures.append(f"{file}: holds code for {sorted(archs)}, must for {sorted(budget['archs'])}")
     kernels = budget["kernels"]
-    found = {names[symbol] for symbol, _ in sass}
+    found = {kernel_of(names[symbol]) for symbol, _ in sass}
+    failures += [
+        f"{file}: {name}: no instantiation has {part} in its name"
+        for name, demand in kernels.items()
+        for part in demand.get("where", {})
+        if not any(part in n for n in names.values() if kernel_of(n) == name)
+    ]
     failures += [f"{file}: {name} is not in budgets.toml" for name in sorted(found - set(kernels))]
     failures += [
         f"{file}: {name} is in budgets.toml, not in the code" for name in sorted(set(kernels) - found)
@@ -116,7 +122,7 @@ def check_file(
         failures += [f"{file}: {symbol} is missing for {a}" for a in sorted(archs) if (symbol, a) not in sass]
     for (symbol, arch), instructions in sorted(sass.items()):
         where = f"{file}: {symbol} for {arch}"
-        demand = kernels.get(names[symbol], {"registers": 0})
+        demand = kernels.get(kernel_of(names[symbol]), {"registers": 0})
         used = log.registers.get((symbol, arch))
         if used is None:
             failures.append(f"{where}: ptxas did not report its registers")
@@ -124,9 +130,10 @@ def check_file(
             failures.append(f"{where}: {used} registers, at most {demand['registers']}")
         if instructions.total() < MIN_INSTRUCTIONS:
             failures.append(f"{where}: {instructions.total()} instructions, an empty stub")
-        failures += [
-            f"{where}: holds no {name}" for name in demand.get("must", []) if not holds(instructions, name)
-        ]
+        meant = list(demand.get("must", []))
+        for part, more in demand.get("where", {}).items():
+            meant += more if part in names[symbol] else []
+        failures += [f"{where}: holds no {name}" for name in meant if not holds(instructions, name)]
         refused = [*LOCAL_MEMORY, *demand.get("must_not", [])]
         failures += [f"{where}: holds {name}" for name in refused if holds(instructions, name)]
     return failures
@@ -169,7 +176,7 @@ def check(log_path: Path, build: Path, module: Path, budgets: Path) -> tuple[lis
             continue
         file = path.as_posix().rpartition("csrc/cuda/")[2].removesuffix(".cu.o")
         symbols = sorted({symbol for symbol, _ in sass})
-        names = {s: kernel_of(n) for s, n in zip(symbols, output("c++filt", *symbols).splitlines())}
+        names = dict(zip(symbols, output("c++filt", *symbols).splitlines()))
         files.append(file)
         seen |= set(sass)
         if file in table:

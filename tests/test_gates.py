@@ -22,7 +22,7 @@ gates = load(Path(".ci/cuda_gates.py"))
 digest = load(Path("cmake/digest.py"))
 
 GEMM, HELPER = "_ZN8hebatron4cuda4gemmILi128EEEvNS_4ArgsE", "_ZN8hebatron4cuda4tidyEPf"
-NAMES = {GEMM: "gemm", HELPER: "tidy"}
+NAMES = {GEMM: "void hebatron::cuda::gemm<128>(Args)", HELPER: "hebatron::cuda::tidy(float*)"}
 BUDGET = {
     "archs": ["sm_90a"],
     "kernels": {
@@ -126,6 +126,19 @@ def test_a_missing_instruction_fails(missing):
     kept = [i for i in ("HGMMA.64x208x16.F32.BF16 R24", "UTMALDG.3D [UR8]") if missing not in i]
     [failure] = failures(code=sass(gemm=kept))
     assert failure == f"gemm: {GEMM} for sm_90a: holds no {missing}"
+
+
+def with_where(**demands):
+    kernels = BUDGET["kernels"]
+    return BUDGET | {"kernels": kernels | {"gemm": kernels["gemm"] | {"where": demands}}}
+
+
+def test_an_instantiation_may_have_demands_of_its_own():
+    assert failures(budget=with_where(**{"<128>": ["HGMMA.64x208x16"]})) == []
+    [failure] = failures(budget=with_where(**{"<128>": ["HGMMA.64x128x16"]}))
+    assert failure == f"gemm: {GEMM} for sm_90a: holds no HGMMA.64x128x16"
+    [failure] = failures(budget=with_where(**{"<64>": ["HGMMA"]}))
+    assert failure == "gemm: gemm: no instantiation has <64> in its name"
 
 
 def test_another_instruction_of_like_name_does_not_count():
@@ -238,7 +251,7 @@ def fake_tools(folder, monkeypatch, code):
         (folder / f"{tool}.txt").write_text(text)
         (folder / "bin" / tool).write_text(f'#!/bin/sh\n{shutil.which("cat")} "{folder}/{tool}.txt"\n')
     cat, sed = shutil.which("cat"), shutil.which("sed")
-    names = "".join(f"s/{symbol}/void {name}(int)/;" for symbol, name in NAMES.items())
+    names = "".join(f"s/{symbol}/{name}/;" for symbol, name in NAMES.items())
     script = f'#!/bin/sh\n[ $# = 0 ] && exec {cat}\nprintf "%s\\n" "$@" | {sed} "{names}"\n'
     (folder / "bin" / "c++filt").write_text(script)
     for tool in (folder / "bin").iterdir():
@@ -326,7 +339,9 @@ def test_every_kernel_file_has_a_budget():
     for file, budget in table.items():
         assert set(budget) <= {"archs", "optional", "kernels"}, file
         for name, demand in budget["kernels"].items():
-            assert {"registers"} <= set(demand) <= {"registers", "must", "must_not"}, f"{file}.{name}"
+            assert {"registers"} <= set(demand) <= {"registers", "must", "where", "must_not"}, (
+                f"{file}.{name}"
+            )
             assert 0 < demand["registers"] <= 255, f"{file}.{name}"
 
 

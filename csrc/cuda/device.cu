@@ -23,12 +23,6 @@ KernelTable kernels() {
   return table;
 }
 
-int toolkit() {
-#ifdef HEBATRON_EMULATOR
-  return 0;
-#else
-  return __CUDACC_VER_MAJOR__;
-#endif
-}
+int toolkit() { return __CUDACC_VER_MAJOR__; }
 
 }  // namespace hebatron::cuda

@@ -10,5 +10,5 @@ std::string compiled_archs();
 // Each kernel file this module was compiled from ("norm"), its digest and the architectures: {"digest": .., "archs": ..}.
 using KernelTable = std::map<std::string, std::map<std::string, std::string>>;
 KernelTable kernels();
-int toolkit();  // major version of nvcc; 0 in the emulator
+int toolkit();  // major version of nvcc
 }  // namespace hebatron::cuda
