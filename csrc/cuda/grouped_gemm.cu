@@ -33,7 +33,8 @@ std::string sizes(const GroupedGemmArgs& args) {
 void check_args(const GroupedGemmArgs& args) {
   check(args.rows >= 0 && args.rows <= 0x7fffffff, kOp, "rows must be between 0 and 2^31 - 1", args.rows);
   check(args.a_rows >= 0, kOp, "a_rows must be >= 0", args.a_rows);
-  check(args.rows_of_a || args.a_rows == args.rows, kOp, "a_rows must equal rows without rows_of_a", args.a_rows);
+  const bool indexed = args.rows_of_a || args.rows == 0;  // an empty list may be null
+  check(indexed || args.a_rows == args.rows, kOp, "a_rows must equal rows without rows_of_a", args.a_rows);
   check(args.experts >= 0, kOp, "experts must be >= 0", args.experts);
   check(args.n >= 0, kOp, "n must be >= 0", args.n);
   check(args.k >= 0, kOp, "k must be >= 0", args.k);
