@@ -5,6 +5,8 @@ N rows, R rows of a, E experts, K summed over, M outputs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,8 +56,10 @@ def supports_grouped_gemm(
         if width % PER_16_BYTES:
             return f"needs the {name} to be a multiple of {PER_16_BYTES}, got {width}"
     for name, tensor in (("a_ND", a_RK), ("b_EKN", stored)):
-        steps = [s for s, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1]
-        if any(step % PER_16_BYTES for step in [*steps, tensor.storage_offset()]):
+        steps = [step for step, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1]
+        # while compiling a tensor has no address yet: the kernel checks it again
+        start = 0 if torch.compiler.is_compiling() else tensor.data_ptr() // tensor.element_size()
+        if any(step % PER_16_BYTES for step in [*steps, start]):
             return f"needs the rows of {name} to start on 16 bytes, got strides {tuple(tensor.stride())}"
     if stored.stride(1) < stored.shape[2] or stored.stride(0) < 0:
         return f"needs b_EKN without overlap, got strides {tuple(b_EKM.stride())}"
@@ -75,9 +79,9 @@ def _stored(b_EKM: Tensor) -> Tensor:
     return b_EKM.transpose(1, 2) if _stored_by_output(b_EKM) else b_EKM
 
 
-def _step(value: Tensor, dim: int) -> int:
-    """The stride, also where torch leaves it open: along a dimension of one element."""
-    return value.stride(dim) if value.shape[dim] > 1 else value[0].numel()
+def _step(value: Tensor) -> int:
+    """The stride of the first dimension, also where torch leaves it open: of one element or none."""
+    return value.stride(0) if value.shape[0] > 1 else math.prod(value.shape[1:])
 
 
 def grouped_gemm(
@@ -94,6 +98,8 @@ def grouped_gemm(
     name, tile_m, tile_n = parse_implementation(implementation)
     stored = _stored(b_EKM)
     out_NM = torch.empty(count, outputs, dtype=a_RK.dtype, device=a_RK.device)
+    if count == 0:
+        return out_NM  # rows_N without elements has no address, and would read as None
     _native.call(
         "grouped_gemm_fwd",
         rows=count,
@@ -103,10 +109,10 @@ def grouped_gemm(
         k=inner,
         relu2=int(activation == "relu2"),
         a=a_RK,
-        a_stride=_step(a_RK, 0),
+        a_stride=_step(a_RK),
         rows_of_a=None if rows_N is None else rows_N.contiguous(),
         b=stored,
-        b_expert_stride=_step(stored, 0),
+        b_expert_stride=_step(stored),
         b_stride=stored.stride(1),
         b_k_major=int(_stored_by_output(b_EKM)),
         offsets=offsets_E.contiguous(),

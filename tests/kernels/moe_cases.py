@@ -39,3 +39,33 @@ def slots(tokens, experts, top_k, dtype=torch.float64):
     """Distinct experts for each token and positive weights."""
     ids = torch.rand(tokens, experts).argsort(1)[:, :top_k]
     return ids.contiguous(), torch.rand(tokens, top_k, dtype=dtype) + 0.1
+
+
+def groups(experts, width, outputs, offsets, rows, dtype=torch.float64):
+    """a, the weights stored (experts, outputs, width), the ends."""
+    a = torch.randn(rows, width, dtype=dtype)
+    b = torch.randn(experts, outputs, width, dtype=dtype) / width**0.5
+    return a, b, torch.tensor(offsets, dtype=torch.int32)
+
+
+# gathered, scaled, activation: the plain form, each alone, and what an expert layer uses
+FORMS = [
+    (False, False, None),
+    (True, False, None),
+    (False, True, None),
+    (False, False, "relu2"),
+    (True, True, "relu2"),
+]
+
+
+def with_form(args, form, dtype=torch.float64):
+    """[a, b, ends, rows, scale, activation]: gathered, a has other rows than the result, some of them used often."""
+    a, stored, ends = args
+    gathered, scaled, activation = form
+    count = a.shape[0]
+    rows = None
+    if gathered:
+        a = torch.randn(count // 2 + 1, a.shape[1], dtype=dtype)
+        rows = torch.randint(0, a.shape[0], (count,), dtype=torch.int32)
+    scale = torch.rand(count, dtype=dtype) - 0.3 if scaled else None
+    return [a, stored.transpose(1, 2), ends, rows, scale, activation]

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from moe_cases import BACKENDS, DTYPES, check_against
+from moe_cases import BACKENDS, DTYPES, FORMS, check_against, groups, with_form
 
 import hebatron_kernels as hk
 from hebatron_kernels import testing
@@ -19,36 +19,6 @@ GROUPS = [
     (1, 1, 1, [1], 1),
     (2, 113, 1023, [1, 6], 6),
 ]
-
-
-def groups(experts, width, outputs, offsets, rows, dtype=torch.float64):
-    """a, the weights stored (experts, outputs, width), the ends."""
-    a = torch.randn(rows, width, dtype=dtype)
-    b = torch.randn(experts, outputs, width, dtype=dtype) / width**0.5
-    return a, b, torch.tensor(offsets, dtype=torch.int32)
-
-
-# gathered, scaled, activation: the plain form, each alone, and what an expert layer uses
-FORMS = [
-    (False, False, None),
-    (True, False, None),
-    (False, True, None),
-    (False, False, "relu2"),
-    (True, True, "relu2"),
-]
-
-
-def with_form(args, form, dtype=torch.float64):
-    """[a, b, ends, rows, scale, activation]: gathered, a has other rows than the result, some of them used often."""
-    a, stored, ends = args
-    gathered, scaled, activation = form
-    count = a.shape[0]
-    rows = None
-    if gathered:
-        a = torch.randn(count // 2 + 1, a.shape[1], dtype=dtype)
-        rows = torch.randint(0, a.shape[0], (count,), dtype=torch.int32)
-    scale = torch.rand(count, dtype=dtype) - 0.3 if scaled else None
-    return [a, stored.transpose(1, 2), ends, rows, scale, activation]
 
 
 def plain(a, b, ends, rows, scale, activation):
