@@ -17,6 +17,7 @@ from typing import Any
 import torch  # first: the native module then shares the OpenMP runtime torch has loaded
 from torch import Tensor
 
+from . import _evidence
 from ._check import BackendError
 
 
@@ -31,6 +32,12 @@ cpu_module, cpu_missing = _load("_cpu")
 if cpu_module is not None:
     cpu_module.current_isa()  # a wrong HEBATRON_ISA is an error here, not at some later call
 cuda_module, cuda_missing = _load("_cuda")
+# asked once: compiled code cannot trace a call of the module
+digests: dict[str, str] = {}
+toolkit = 0
+if cuda_module is not None and hasattr(cuda_module, "kernels"):
+    digests = {kernel: built["digest"] for kernel, built in cuda_module.kernels().items()}
+    toolkit = cuda_module.toolkit()
 
 emulator_module: ModuleType | None = None  # testing.load_emulator
 emulating = False
@@ -94,10 +101,22 @@ def refusal(first: Tensor, *others: Tensor | None, cuda: bool = False) -> str | 
     return None
 
 
-def unproven(args: Sequence[Any]) -> str | None:
-    """Why `auto` leaves a native kernel alone that could serve: no CUDA kernel of ours has run on a GPU yet."""
-    if any(isinstance(a, Tensor) and a.device.type == "cuda" for a in args):
-        return "never run on hardware, only by name"
+@torch.compiler.assume_constant_result
+def arch_of(device: int) -> str:
+    """The architecture of this GPU, "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def unproven(kernels: Sequence[str], device: int) -> str | None:
+    """Why `auto` leaves CUDA kernels alone that could serve: one of these files has not passed on this kind of GPU."""
+    arch = arch_of(device)
+    for kernel in kernels:
+        if kernel not in digests:
+            return f"the _cuda module is without {kernel}; rebuild: HEBATRON_CUDA=on pip install -e ."
+        reason = _evidence.unproven(kernel, arch, digest=digests[kernel], toolkit=toolkit)
+        if reason is not None:
+            return f"{reason}, only by name"
     return None
 
 
@@ -167,5 +186,7 @@ def build_info() -> dict[str, str]:
     if cuda_module is None:
         cuda = f"not built (HEBATRON_CUDA=on pip install -e .): {cuda_missing}"
     else:
-        cuda = f"{cuda_module.compiled_archs()}; {cuda_module.device_count()} devices"
+        baseline = "cutlass/grouped_gemm" in cuda_module.kernels()
+        cutlass = "with CUTLASS" if baseline else "no CUTLASS (HEBATRON_CUTLASS_DIR)"
+        cuda = f"{cuda_module.compiled_archs()}; {cuda_module.device_count()} devices; {cutlass}"
     return {"_cpu": cpu, "_cuda": cuda}
