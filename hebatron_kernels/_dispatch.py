@@ -4,6 +4,7 @@ A noun's folder holds one module per backend; each has a function with the publi
 arguments, and may have two more:
   supports_<op>(*args) -> None | reason      missing: supports everything
   <op>_bwd(grads, *args) -> list of gradients, one for each floating tensor argument that is not None, in order
+A native one with CUDA has one more, kernels_<op>(*args): the files of csrc/cuda that may run.
 `torch` is a differentiable composite and is called as it is, so autograd and Inductor see through it. The others go
 through the private op hebatron::_<op>, whose backward hebatron::_<op>_bwd calls <op>_bwd or, where that is missing,
 torch.autograd.grad over the implementation itself (`reference`) or over the torch form (`native`). `emulator` is the
@@ -139,7 +140,12 @@ class Operator:
         """Why the automatic choice does not take this backend, or None."""
         if backend not in AUTOMATIC:
             return self.refusal(backend, args) or "supported, only by name"
-        return self.refusal(backend, args) or (_native.unproven(args) if backend == "native" else None)
+        reason = self.refusal(backend, args)
+        if reason is None and backend == "native" and args[0].is_cuda:
+            reason = _native.unproven(
+                self._form(backend, f"kernels_{self.name}")(*args), args[0].get_device()
+            )
+        return reason
 
     def choose(self, args: Sequence[Any], backend: str | None) -> str:
         """The backend of this call: the argument, use_backend, HEBATRON_BACKEND, then the first that supports it."""

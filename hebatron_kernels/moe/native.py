@@ -6,6 +6,7 @@ N rows, R rows of a, E experts, K summed over, M outputs.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -70,6 +71,17 @@ def supports_grouped_gemm(
     return None
 
 
+def kernels_grouped_gemm(a_RK: Tensor, *others: object) -> list[str]:
+    name, _, _ = parse_implementation(cast(str | None, others[-1]))
+    files = {"sm80": "grouped_gemm_sm80", "sm90a": "grouped_gemm_sm90", "cutlass": "cutlass/grouped_gemm"}
+    if name is not None:
+        return [files[name]]
+    # on Hopper the sizes may leave the sm_90a kernel out
+    return (
+        [files["sm90a"], files["sm80"]] if _native.arch_of(a_RK.get_device()) == "sm_90" else [files["sm80"]]
+    )
+
+
 def _stored_by_output(b_EKM: Tensor) -> bool:
     return b_EKM.stride(1) == 1
 
@@ -98,8 +110,6 @@ def grouped_gemm(
     name, tile_m, tile_n = parse_implementation(implementation)
     stored = _stored(b_EKM)
     out_NM = torch.empty(count, outputs, dtype=a_RK.dtype, device=a_RK.device)
-    if count == 0:
-        return out_NM  # rows_N without elements has no address, and would read as None
     _native.call(
         "grouped_gemm_fwd",
         rows=count,

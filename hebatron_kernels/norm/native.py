@@ -25,6 +25,10 @@ def supports_rms_norm(
     return _native.refusal(x_TD, weight_D, residual_TD, gate_TD, cuda=True)
 
 
+def kernels_rms_norm(*args: object) -> list[str]:
+    return ["norm"]
+
+
 def _inputs(
     x_TD: Tensor,
     weight_D: Tensor,

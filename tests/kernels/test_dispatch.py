@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hebatron_kernels as hk
-from hebatron_kernels import _dispatch, testing
+from hebatron_kernels import _dispatch, _evidence, _native, testing
 
 
 def conv_args(dtype=torch.float32):
@@ -117,3 +117,77 @@ def test_a_native_form_without_backward_differentiates_the_torch_form():
         assert torch.equal(out, torch.tensor([9.0, 4.0])) and torch.equal(x.grad, torch.tensor([6.0, -4.0]))
     finally:
         del _dispatch.OPERATORS["square"]
+
+
+def test_a_tensor_on_another_device_is_named():
+    """The last check before the pointers cross; no operator lets it come so far."""
+
+    class Elsewhere(torch.Tensor):
+        def get_device(self):
+            return 3
+
+    x = torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"some_op: weight must be on cpu like the others, got "):
+        _native.call("some_op", rows=2, x=x, weight=torch.ones(4).as_subclass(Elsewhere))
+
+
+def test_a_module_older_than_the_code_asks_for_a_rebuild():
+    with pytest.raises(
+        hk.BackendError, match=r"grouped_gemm_fwd: hebatron_kernels._cpu is older .*; rebuild: pip"
+    ):
+        _native.call("grouped_gemm_fwd", rows=1, a=torch.ones(1))
+
+
+def test_the_emulator_says_how_to_load_it(monkeypatch):
+    monkeypatch.setattr(_native, "emulator_module", None)
+    with pytest.raises(
+        hk.BackendError, match=r"rms_norm\[emulator\]: call hebatron_kernels.testing.load_emulator"
+    ):
+        hk.rms_norm(*norm_args(), backend="emulator")
+    assert "emulator  call hebatron_kernels.testing.load_emulator() first" in hk.explain(
+        "rms_norm", *norm_args()
+    )
+    with pytest.raises(hk.BackendError, match=r"causal_conv1d\[emulator\]: not written for this operator"):
+        hk.causal_conv1d(*conv_args(), backend="emulator")
+
+
+@pytest.mark.parametrize("missing", ["compiler", "cmake", "pybind11", "source"])
+def test_load_emulator_names_what_is_missing(monkeypatch, tmp_path, missing):
+    testing._emulator.cache_clear()
+    if missing == "compiler":
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        message = r"a C\+\+ compiler \(no-such-compiler\)"
+    elif missing == "cmake":
+        monkeypatch.setattr(testing, "_tool", lambda name: None if name == "cmake" else name)
+        message = "cmake"
+    elif missing == "pybind11":
+        monkeypatch.setattr(testing, "find_spec", lambda name: None)
+        message = "pybind11"
+    else:
+        monkeypatch.setattr(testing, "ROOT", tmp_path)
+        message = "the source tree"
+    with pytest.raises(hk.BackendError, match=f"load_emulator: needs {message}"):
+        testing.load_emulator()
+    testing._emulator.cache_clear()
+
+
+def test_cuda_kernels_are_chosen_by_their_evidence_alone(monkeypatch):
+    entry = dict(kernel="norm", digest="d1", toolkit=13, arch="sm_90", gpu="NVIDIA H100", date="2026-12-01")
+    monkeypatch.setattr(_evidence, "entries", (entry,))
+    monkeypatch.setattr(_native, "digests", {"norm": "d1", "grouped_gemm_sm80": "d2"})
+    monkeypatch.setattr(_native, "toolkit", 13)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device))
+
+    def choice(x, kernels, device):
+        return x + 1 if _native.unproven(kernels, device) is None else x - 1
+
+    assert _native.unproven(["norm"], 0) is None
+    assert (
+        _native.unproven(["norm"], 1)
+        == "never run on sm_91 with CUDA 13, only on sm_90 with CUDA 13, only by name"
+    )
+    assert _native.unproven(["norm", "grouped_gemm_sm80"], 0) == "never run on hardware, only by name"
+    assert "without conv; rebuild" in _native.unproven(["conv"], 0)
+    compiled = torch.compile(choice, fullgraph=True, backend="eager", dynamic=False)
+    assert compiled(torch.zeros(1), ["norm"], 0).item() == 1
+    assert compiled(torch.zeros(1), ["norm"], 1).item() == -1
