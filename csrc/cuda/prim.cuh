@@ -13,6 +13,8 @@
 // cp.async and plain stores write through the generic proxy; TMA and wgmma go through the async proxy: what one writes
 // the other sees only across fence_proxy_async (TMA's own mbarrier needs none).
 #pragma once
+#include <cstring>
+
 #include "hebatron/types.h"
 
 namespace hebatron::cuda {
@@ -86,7 +88,9 @@ HEBATRON_DEVICE void narrow(float v, __nv_bfloat16& out) { out = __float2bfloat1
 // Two fp32 as the two halves of a word, x in the low one.
 HEBATRON_DEVICE uint32_t pack_bf16(float x, float y) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-  return reinterpret_cast<const uint32_t&>(pair);
+  uint32_t word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
 }
 
 template <int kCount, class T>

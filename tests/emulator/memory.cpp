@@ -434,6 +434,7 @@ bool is_shared(const void* p) { return p >= arena && p < arena + bytes_arena; }
 void* dynamic_shared() { return self->block->shared; }
 
 void* shared_array(const void* tag, size_t bytes, size_t alignment) {
+  EMULATOR_ENTER();
   Block& b = *self->block;
   for (const auto& [known, offset] : b.statics)
     if (known == tag) return b.shared + offset;
@@ -535,12 +536,13 @@ using emulator::Access;
 
 static inline void touch(const void* p, size_t bytes, Access kind, const void* line) {
   emulator::Thread* t = emulator::self;
-  if (!t) return;  // host code
+  if (!t || t->inside) return;  // host code, or the emulator's own
   const uintptr_t at = reinterpret_cast<uintptr_t>(p);
   if (at - reinterpret_cast<uintptr_t>(t->stack) < (256 << 10)) return;  // its own stack: registers and local memory
   if (at - reinterpret_cast<uintptr_t>(&t->place) < sizeof t->place) return;  // threadIdx and its kin
   if (at - emulator::stack_low < emulator::stack_high - emulator::stack_low) return;
   if (at - emulator::image_low < emulator::image_high - emulator::image_low) return;
+  const emulator::Inside inside;
   t->line = line;
   try {
     emulator::access(p, bytes, kind, emulator::thread_actor());

@@ -62,6 +62,7 @@ struct Thread {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   bool done = false, spins = false;
+  int inside = 0;  // primitives
   const void* line = nullptr;  // of the primitive it is in
   const char* waits_for = nullptr;
   const void* waits_on = nullptr;
@@ -183,6 +184,14 @@ uint32_t next_step(Block& block, int64_t actor);
 void access(const void* p, size_t bytes, Access kind, const Actor& actor);
 void check_thread_end(Thread& thread);  // async.cpp: nothing may be left in flight
 
-#define EMULATOR_ENTER() ::emulator::self->line = __builtin_return_address(0)
+// Inside a primitive the hooks are deaf: the linker may give the emulator an instrumented copy of a library template.
+struct Inside {
+  Thread& thread;
+  Inside() : thread(*self) { thread.inside++; }
+  ~Inside() { thread.inside--; }
+};
+#define EMULATOR_ENTER() \
+  const ::emulator::Inside inside_; \
+  ::emulator::self->line = __builtin_return_address(0)
 
 }  // namespace emulator
