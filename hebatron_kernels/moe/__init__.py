@@ -231,9 +231,10 @@ def grouped_gemm(
 
     Backends:
         native: CUDA for bf16, products summed in fp32 and rounded once, after the scale; widths and strides in
-        multiples of 16 bytes; its gradients are those of the torch form. torch: grouped_mm for bf16, fp16 and fp32
-        where widths and strides are multiples of 16 bytes; elsewhere a loop over the experts, which on a GPU
-        synchronises; the product is rounded before activation and scale.
+        multiples of 16 bytes; its gradients are those of the torch form. emulator: the same kernels on CPU tensors,
+        for tests. torch: grouped_mm for bf16, fp16 and fp32 where widths and strides are multiples of 16 bytes;
+        elsewhere a loop over the experts, which on a GPU synchronises; the product is rounded before activation and
+        scale.
 
     Source:
         torch.nn.functional.grouped_mm (the convention of the offsets); MegaBlocks, arXiv 2211.15841, section 5 (the

@@ -61,8 +61,9 @@ def rms_norm(
         To x, weight, residual and gate, through both results. First order (torch form: any).
 
     Backends:
-        native: C++ forward and backward, fp32 and bf16 on the CPU. torch: every dtype and device. Both compute in
-        fp32 (fp64 for fp64 inputs) and round once, after the weight.
+        native: forward and backward in fp32 and bf16, C++ on the CPU and CUDA on the GPU. emulator: the CUDA kernels on
+        CPU tensors, for tests. torch: every dtype and device. All compute in fp32 (fp64 for fp64 inputs) and round
+        once, after the weight.
 
     Source:
         Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4; the gated form: Mamba-2, arXiv 2405.21060, section 7.
