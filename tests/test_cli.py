@@ -13,6 +13,7 @@ import torch
 
 import hebatron_kernels
 from hebatron import cli, doctor
+from hebatron.verbs import info
 
 HEBREW = "בראשית ברא אלהים את השמים ואת הארץ"
 
@@ -59,7 +60,7 @@ def test_unexpected_runtime_errors_are_not_swallowed(monkeypatch: pytest.MonkeyP
     def broken(arguments: cli.Arguments) -> int:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "run_info", broken)
+    monkeypatch.setattr(info, "run", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["info", "tiny"])
 
@@ -70,7 +71,7 @@ def test_backend_errors_are_one_line(
     def refused(arguments: cli.Arguments) -> int:
         raise hebatron_kernels.BackendError("rms_norm[triton]: not written\nfor this operator")
 
-    monkeypatch.setattr(cli, "run_info", refused)
+    monkeypatch.setattr(info, "run", refused)
     assert failure(capsys, "info", "tiny") == "hebatron: rms_norm[triton]: not written for this operator\n"
 
 
