@@ -82,6 +82,13 @@ def test_rms_norm_emulated_gives_the_same_bits_in_every_order(rows, width, group
     same_bits(hk.rms_norm, norm_args(rows, width, group, True, True, torch.float32))
 
 
+def test_rms_norm_emulated_rounds_the_sum_before_it_normalises():
+    x, weight, eps, residual, _, group = norm_args(7, 48, 16, True, False, torch.bfloat16)
+    y, total = hk.rms_norm(x, weight, eps, residual, None, group, backend="emulator")
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, hk.rms_norm(total, weight, eps, None, None, group, backend="emulator"))
+
+
 def test_rms_norm_emulated_takes_strided_rows_and_another_weight():
     x, weight, eps, residual, gate, group = norm_args(9, 48, 16, True, True, torch.float32)
     flat = testing.run(hk.rms_norm, [x, weight, eps, residual, gate, group], backend="emulator")

@@ -64,6 +64,14 @@ def test_rms_norm_takes_strided_rows_and_a_wider_weight(isa):
         torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_rms_norm_rounds_the_sum_before_it_normalises(backend):
+    x, weight, eps, residual, _ = make(7, 48, True, False, torch.bfloat16)
+    y, total = hk.rms_norm(x, weight, eps, residual, backend=backend)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, hk.rms_norm(total, weight, eps, backend=backend))
+
+
 def test_rms_norm_does_not_depend_on_threads_or_neighbours():
     args = [*make(300, 96, True, True, torch.float32), 32]
     before = torch.get_num_threads()
