@@ -67,17 +67,17 @@ def unproven(kernel: str, arch: str, *, digest: str, toolkit: int) -> str | None
     return NEVER
 
 
-def summary(kernels: dict[str, dict[str, str]], toolkit: int) -> dict[str, str]:
-    """One line a kernel, for a machine with or without a GPU: where it has run as compiled, or that it never has."""
-    lines = {}
-    for kernel, built in kernels.items():
-        key = (kernel, built["digest"], toolkit)
+def summary(digests: dict[str, str], toolkit: int) -> str:
+    """Where each kernel of a module has run as it was compiled, for a machine with or without a GPU: one line."""
+    said: dict[str, list[str]] = {}
+    for kernel, digest in digests.items():
+        key = (kernel, digest, toolkit)
         ran = [
             f"{e['arch']} ({e['gpu']}, {e['date']})" for e in entries if tuple(e[k] for k in KEY[:3]) == key
         ]
-        reason = unproven(kernel, "a GPU", digest=built["digest"], toolkit=toolkit)
-        lines[kernel] = f"ran on {', '.join(ran)}" if ran else str(reason)
-    return lines
+        reason = unproven(kernel, "a GPU", digest=digest, toolkit=toolkit)
+        said.setdefault(f"ran on {', '.join(ran)}" if ran else str(reason), []).append(kernel)
+    return "; ".join(f"{', '.join(kernels)}: {where}" for where, kernels in said.items())
 
 
 def judge(results: dict[str, Any], name: str) -> tuple[list[Entry], dict[str, str]]:

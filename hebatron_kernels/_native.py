@@ -188,5 +188,6 @@ def build_info() -> dict[str, str]:
     else:
         baseline = "cutlass/grouped_gemm" in cuda_module.kernels()
         cutlass = "with CUTLASS" if baseline else "no CUTLASS (HEBATRON_CUTLASS_DIR)"
-        cuda = f"{cuda_module.compiled_archs()}; {cuda_module.device_count()} devices; {cutlass}"
+        built = f"{cuda_module.compiled_archs()}; {cuda_module.device_count()} devices; {cutlass}"
+        cuda = f"{built}; {_evidence.summary(digests, toolkit)}"
     return {"_cpu": cpu, "_cuda": cuda}

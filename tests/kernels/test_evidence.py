@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hebatron_kernels import _evidence
+from hebatron_kernels import _evidence, _native
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("digest", ROOT / "cmake" / "digest.py")
@@ -260,18 +260,29 @@ def test_unproven_is_traced_by_compiled_code(table):
     assert compiled(torch.zeros(1), "norm", "sm_90", "d2").item() == -1
 
 
-def test_summary_has_a_line_for_every_kernel(table):
+def test_summary_names_every_kernel(table):
+    built = {"norm": "d1", "conv": "d9", "moe": "d8"}
+    assert _evidence.summary(built, 13) == "norm, conv, moe: never run on hardware"
     record(table, results())
-    built = {"norm": {"digest": "d1", "archs": ""}, "conv": {"digest": "d9", "archs": ""}}
-    assert _evidence.summary(built, 13) == {
-        "norm": "ran on sm_90 (NVIDIA H100, 2026-12-01)",
-        "conv": "never run on hardware",
-    }
-    assert (
-        _evidence.summary(built, 12)["norm"] == "never run on a GPU with CUDA 12, only on sm_90 with CUDA 13"
+    ran = "norm: ran on sm_90 (NVIDIA H100, 2026-12-01)"
+    assert _evidence.summary(built, 13) == f"{ran}; conv, moe: never run on hardware"
+    assert _evidence.summary({"norm": "d1"}, 12) == (
+        "norm: never run on a GPU with CUDA 12, only on sm_90 with CUDA 13"
     )
-    built["norm"]["digest"] = "d2"
-    assert _evidence.summary(built, 13)["norm"].startswith("the kernel changed since it ran on NVIDIA H100")
+    changed = "norm: the kernel changed since it ran on NVIDIA H100 (2026-12-01)"
+    assert _evidence.summary({"norm": "d2"}, 13) == changed
+
+
+def test_build_info_tells_of_the_evidence(monkeypatch):
+    class Module:
+        compiled_archs = staticmethod(lambda: "80-real")
+        device_count = staticmethod(lambda: 0)
+        kernels = staticmethod(lambda: {"norm": {"digest": "d1", "archs": "80-real"}})
+
+    monkeypatch.setattr(_native, "digests", {"norm": "d1"})
+    monkeypatch.setattr(_native, "toolkit", 13)
+    monkeypatch.setattr(_native, "cuda_module", Module)
+    assert "norm: never run on hardware" in _native.build_info()["_cuda"]
 
 
 def test_committed_table_is_what_its_results_files_earn():
