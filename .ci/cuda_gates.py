@@ -36,6 +36,7 @@ KEYED = (
     "setup.py",
     ".ci/gates",
     ".ci/cuda_gates.py",
+    "bench/fetch_cutlass.sh",
 )
 
 
@@ -92,9 +93,9 @@ def holds(instructions: Counter[str], name: str) -> bool:
     return any(one == name or one.startswith(f"{name}.") for one in instructions)
 
 
-def kernel_of(demangled: str) -> str:
+def kernel_of(name: str) -> str:
     """The name in the source: "void hebatron::cuda::(anonymous namespace)::forward<float, 4>(Args)" is "forward"."""
-    plain = demangled.replace("(anonymous namespace)", "anonymous")
+    plain = name.replace("(anonymous namespace)", "anonymous")
     return re.split(r"[<(]", plain)[0].split()[-1].split("::")[-1]
 
 
@@ -163,6 +164,10 @@ def output(*command: str | Path, stdin: str = "") -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, input=stdin).stdout
 
 
+def demangled(text: str) -> str:
+    return output("c++filt", "-r", stdin=text)  # -r: CUTLASS's names are past c++filt's own limit
+
+
 def check(log_path: Path, build: Path, module: Path, budgets: Path) -> tuple[list[str], str]:
     """Every failure, and a line of what was looked at."""
     log = read_log(log_path.read_text(encoding="utf-8", errors="replace"))
@@ -176,7 +181,7 @@ def check(log_path: Path, build: Path, module: Path, budgets: Path) -> tuple[lis
             continue
         file = path.as_posix().rpartition("csrc/cuda/")[2].removesuffix(".cu.o")
         symbols = sorted({symbol for symbol, _ in sass})
-        names = dict(zip(symbols, output("c++filt", *symbols).splitlines()))
+        names = dict(zip(symbols, demangled("\n".join(symbols)).splitlines()))
         files.append(file)
         seen |= set(sass)
         if file in table:
@@ -217,7 +222,7 @@ def main(command: str, *arguments: str) -> int:
         return 0
     failures, looked_at = check(*paths)
     if failures:
-        print(output("c++filt", stdin="\n".join(failures)), file=sys.stderr)
+        print(demangled("\n".join(failures)), file=sys.stderr)
     else:
         print(f"CUDA: {looked_at}: registers, instructions and symbols as budgeted, no spill, no C75xx")
     return 1 if failures else 0
