@@ -22,6 +22,7 @@ constexpr uint8_t kUnwritten = 0xcd;  // what every output holds before a kernel
 inline void* allocate(size_t bytes) {
   void* p = std::aligned_alloc(1024, (bytes + 1023) / 1024 * 1024);
   if (!p) throw std::runtime_error("conformance: out of memory");
+  emulator::allow_memory(p, bytes, "a buffer");
   return p;
 }
 inline void release(void* p) { std::free(p); }

@@ -1,0 +1,390 @@
+"""compute-sanitizer's four tools over every CUDA kernel at small shapes, each in a process of its own, without torch.
+
+    python bench/gpu_sanitize.py [--seconds 80] [--out checks.json]
+    python bench/gpu_sanitize.py --kernel norm       what runs inside a tool: one kernel's cases, compared with numpy
+    python bench/gpu_sanitize.py --kernel norm --stand-in emulator     the same on the emulator's checked build
+
+Memory comes from the driver, one allocation a tensor: torch's allocator would hide accesses beyond a tensor's end, and
+its own kernels would fill the report. Shapes are ragged and small: a tool slows a kernel down a hundredfold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parent.parent
+# The number of the implementation in csrc/hebatron/ops.h and its tiles.
+FORMS = {
+    "grouped_gemm_sm80": (1, [(16, 64), (64, 128), (128, 128)]),
+    "grouped_gemm_sm90": (2, [(128, 128), (128, 208), (128, 224), (128, 232), (256, 192)]),
+    "cutlass/grouped_gemm": (3, [(128, 128), (128, 208), (128, 224)]),
+}
+KERNELS = ("norm", *FORMS)
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+ERROR_EXIT = 86
+Floats = NDArray[np.float32]
+
+
+# Memory and module: the GPU's, or the emulator's
+
+
+class Card:
+    """Device memory through the driver, in the primary context, which the module's own runtime uses too."""
+
+    def __init__(self) -> None:
+        self.driver = ctypes.CDLL("libcuda.so.1")
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self._call("cuInit", 0)
+        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._call("cuCtxSetCurrent", context)
+        found = list((ROOT / "hebatron_kernels").glob("_cuda.*.so"))
+        if not found:
+            raise FileNotFoundError(
+                "hebatron_kernels holds no _cuda module: HEBATRON_CUDA=on pip install -e ."
+            )
+        spec = importlib.util.spec_from_file_location("_cuda", found[0])
+        assert spec is not None and spec.loader is not None
+        self.module: ModuleType = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+
+    def kernels(self) -> list[str]:
+        return [kernel for kernel in KERNELS if kernel in self.module.kernels()]
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self.driver, name)(*arguments)
+        if status:
+            raise RuntimeError(f"{name}: CUDA driver error {status}")
+
+    def empty(self, size: int) -> int:
+        pointer = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
+        return pointer.value
+
+    def put(self, values: NDArray[Any]) -> int:
+        values = np.ascontiguousarray(values)
+        pointer = self.empty(values.nbytes)
+        if values.nbytes:
+            self._call(
+                "cuMemcpyHtoD_v2",
+                ctypes.c_uint64(pointer),
+                values.ctypes.data_as(ctypes.c_void_p),
+                values.nbytes,
+            )
+        return pointer
+
+    def get(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        found = np.empty(shape, dtype)
+        size = ctypes.c_size_t(found.nbytes)
+        self._call("cuCtxSynchronize")
+        self._call("cuMemcpyDtoH_v2", found.ctypes.data_as(ctypes.c_void_p), ctypes.c_uint64(pointer), size)
+        return found
+
+
+class Emulator:
+    """The checked build on host memory, where a kernel may touch what was allocated and nothing else."""
+
+    def __init__(self) -> None:
+        sys.path.insert(0, str(ROOT))
+        from hebatron_kernels import _native, testing
+
+        testing.load_emulator(checked=True)
+        assert _native.emulator_module is not None
+        self.module = _native.emulator_module
+        self.kept: dict[int, NDArray[np.uint8]] = {}
+
+    def kernels(self) -> list[str]:
+        return [kernel for kernel in KERNELS if not kernel.startswith("cutlass")]
+
+    def empty(self, size: int) -> int:
+        block = np.full(max(size, 1) + 256, 0xFF, np.uint8)
+        pointer = (block.ctypes.data + 255) // 256 * 256
+        self.kept[pointer] = block
+        self.module.allow_memory(pointer, max(size, 1), f"tensor {len(self.kept)}")
+        return pointer
+
+    def put(self, values: NDArray[Any]) -> int:
+        pointer = self.empty(values.nbytes)
+        ctypes.memmove(pointer, np.ascontiguousarray(values).ctypes.data, values.nbytes)
+        return pointer
+
+    def get(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        found = np.empty(shape, dtype)
+        ctypes.memmove(found.ctypes.data, pointer, found.nbytes)
+        return found
+
+
+def to_bf16(values: Floats) -> NDArray[np.uint16]:
+    bits = values.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(bits: NDArray[np.uint16]) -> Floats:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+class Runner:
+    """Tensors in the dtype of a case, calls with their workspace, results compared."""
+
+    def __init__(self, card: Card | Emulator, dtype: str) -> None:
+        self.card, self.dtype = card, dtype
+        self.storage: Any = np.uint16 if dtype == "bfloat16" else np.float32
+
+    def rounded(self, values: Floats) -> Floats:
+        return from_bf16(to_bf16(values)) if self.dtype == "bfloat16" else values.astype(np.float32)
+
+    def put(self, values: Floats) -> int:
+        return self.card.put(to_bf16(values) if self.dtype == "bfloat16" else values.astype(np.float32))
+
+    def output(self, *shape: int) -> int:
+        return self.card.empty(int(np.prod(shape)) * np.dtype(self.storage).itemsize)
+
+    def call(self, op: str, **keywords: Any) -> None:
+        size = getattr(self.card.module, f"{op}_workspace")(**keywords)
+        workspace = self.card.empty(size) if size else 0
+        function = getattr(self.card.module, op)
+        function(**keywords, device=0, stream=0, workspace=workspace, bytes_workspace=size)
+
+    def compare(self, what: str, pointer: int, want: Floats, fp32: bool = False) -> None:
+        got = self.card.get(pointer, want.shape, np.float32 if fp32 else self.storage)
+        values = from_bf16(got) if got.dtype == np.uint16 else got
+        scale = np.abs(want).max(initial=1e-6)
+        error = np.abs(values - want).max(initial=0.0) / scale
+        if not error <= (2e-2 if self.dtype == "bfloat16" else 1e-4):  # a misplaced value, not rounding
+            raise AssertionError(f"{what}: error {error:.2e} of the largest value")
+
+
+# The cases
+
+
+def norm_cases(card: Card | Emulator, random: np.random.Generator) -> Iterator[str]:
+    for dtype in ("bfloat16", "float32"):
+        for form in ("plain", "residual", "gated"):
+            for rows, width, group in ((5, 264, 264), (3, 7, 7), (9, 512, 64)):
+                name = f"{form} {dtype} {rows}x{width} in groups of {group}"
+                _norm(Runner(card, dtype), random, form, rows, width, group)
+                yield name
+
+
+def _norm(run: Runner, random: np.random.Generator, form: str, rows: int, width: int, group: int) -> None:
+    def draw(*shape: int) -> Floats:
+        return run.rounded(random.standard_normal(shape).astype(np.float32))
+
+    x, other, weight, grad = draw(rows, width), draw(rows, width), draw(width), draw(rows, width)
+    residual, gate = form == "residual", form == "gated"
+    pointer = run.put(other)
+    forward = {
+        "rows": rows,
+        "width": width,
+        "group": group,
+        "eps": 1e-5,
+        "dtype": run.dtype,
+        "weight_dtype": run.dtype,
+        "x": run.put(x),
+        "x_stride": width,
+        "residual": pointer if residual else None,
+        "residual_stride": width if residual else 0,
+        "gate": pointer if gate else None,
+        "gate_stride": width if gate else 0,
+        "weight": run.put(weight),
+    }
+    y, total = run.output(rows, width), run.output(rows, width)
+    run.call("rms_norm_fwd", **forward, y=y, sum=total if residual else None)
+    u = run.rounded(x + other) if residual else x
+    v = u * other / (1 + np.exp(-other)) if gate else u
+    blocks = v.reshape(rows, -1, group)
+    scale = 1 / np.sqrt((blocks**2).mean(-1, keepdims=True) + 1e-5)
+    normal = (blocks * scale).reshape(rows, width)
+    run.compare("y", y, normal * weight)
+    if residual:
+        run.compare("sum", total, u)
+    grad_input, grad_gate = run.output(rows, width), run.output(rows, width)
+    grad_weight = run.card.empty(4 * width)
+    run.call(
+        "rms_norm_bwd",
+        **forward,
+        grad_y=run.put(grad),
+        grad_sum=run.put(grad) if residual else None,
+        grad_input=grad_input,
+        grad_gate=grad_gate if gate else None,
+        grad_weight=grad_weight,
+    )
+    run.compare("grad_weight", grad_weight, (grad * normal).sum(0), fp32=True)
+    d = (grad * weight).reshape(blocks.shape)
+    n = normal.reshape(blocks.shape)
+    dv = ((d - n * (d * n).mean(-1, keepdims=True)) * scale).reshape(rows, width)
+    sigmoid = 1 / (1 + np.exp(-other))
+    run.compare("grad_input", grad_input, dv * other * sigmoid if gate else dv + (grad if residual else 0))
+    if gate:
+        run.compare("grad_gate", grad_gate, dv * u * sigmoid * (1 + other * (1 - sigmoid)))
+
+
+def grouped_cases(kernel: str) -> Callable[[Card | Emulator, np.random.Generator], Iterator[str]]:
+    def cases(card: Card | Emulator, random: np.random.Generator) -> Iterator[str]:
+        implementation, tiles = FORMS[kernel]
+        for m, n in tiles:
+            for by_output in (True, False):
+                if not by_output and (implementation == 2 or (implementation == 3 and n != 128)):
+                    continue  # weights stored by width: not this kernel's
+                for whole in (False, True):
+                    _grouped(Runner(card, "bfloat16"), random, implementation, m, n, by_output, whole)
+                    yield f"tile {m}x{n}{'' if by_output else ' by width'}{' whole' if whole else ''}"
+
+    return cases
+
+
+def _grouped(
+    run: Runner,
+    random: np.random.Generator,
+    implementation: int,
+    m: int,
+    n: int,
+    by_output: bool,
+    whole: bool,
+) -> None:
+    counts, tail, width, outputs = [0, 1, 37, 0, 130], 3, 136, 264
+    rows, gather = sum(counts) + tail, whole and implementation != 3  # CUTLASS gathers no rows
+    source = 50 if gather else rows
+    a = run.rounded(random.standard_normal((source, width)).astype(np.float32))
+    stored = (len(counts), outputs, width) if by_output else (len(counts), width, outputs)
+    b = run.rounded(random.standard_normal(stored).astype(np.float32) * width**-0.5)
+    taken = random.integers(0, source, rows, dtype=np.int32)
+    scale = random.random(rows, dtype=np.float32) + 0.5
+    offsets = np.cumsum(counts).astype(np.int32)
+    out = run.output(rows, outputs)
+    run.call(
+        "grouped_gemm_fwd",
+        rows=rows,
+        a_rows=source,
+        experts=len(counts),
+        n=outputs,
+        k=width,
+        relu2=int(whole),
+        a=run.put(a),
+        a_stride=width,
+        rows_of_a=run.card.put(taken) if gather else None,
+        b=run.put(b),
+        b_expert_stride=outputs * width,
+        b_stride=stored[2],
+        b_k_major=int(by_output),
+        offsets=run.card.put(offsets),
+        scale=run.card.put(scale) if whole else None,
+        out=out,
+        implementation=implementation,
+        tile_m=m,
+        tile_n=n,
+    )
+    want = np.zeros((rows, outputs), np.float32)
+    for expert, (begin, end) in enumerate(zip([0, *offsets], offsets)):
+        of_rows = a[taken[begin:end]] if gather else a[begin:end]
+        want[begin:end] = of_rows @ (b[expert].T if by_output else b[expert])
+    if whole:
+        want = np.maximum(want, 0) ** 2 * scale[:, None]
+    run.compare("out", out, want)
+
+
+def run_cases(kernel: str, stand_in: bool) -> None:
+    card = Emulator() if stand_in else Card()
+    if kernel not in card.kernels():
+        raise FileNotFoundError(f"the module is without {kernel}, it has {', '.join(card.kernels())}")
+    cases = norm_cases if kernel == "norm" else grouped_cases(kernel)
+    for name in cases(card, np.random.default_rng(0)):
+        print(f"{kernel}: {name}", flush=True)
+
+
+# The tools
+
+
+def find_sanitizer() -> str | None:
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+
+
+def sanitize(kernels: list[str], seconds: float, parallel: int = 4) -> list[dict[str, Any]]:
+    """One check a kernel and a tool. What does not finish in time has not passed."""
+    deadline = time.monotonic() + seconds
+    sanitizer = find_sanitizer()
+
+    def check(job: tuple[str, str]) -> dict[str, Any]:
+        tool, kernel = job
+        passed, detail, begin = False, "compute-sanitizer is not installed", time.monotonic()
+        if sanitizer is not None:
+            passed, detail = _under_tool(sanitizer, tool, kernel, deadline - begin)
+        taken = round(time.monotonic() - begin, 1)
+        return {"kernel": kernel, "check": tool, "passed": passed, "detail": detail, "seconds": taken}
+
+    with ThreadPoolExecutor(parallel) as pool:
+        return list(pool.map(check, [(tool, kernel) for tool in TOOLS for kernel in kernels]))
+
+
+def _under_tool(sanitizer: str, tool: str, kernel: str, seconds: float) -> tuple[bool, str]:
+    if seconds <= 0:
+        return False, "not run: out of time"
+    more = (
+        ["--padding", "128"] if tool == "memcheck" else []
+    )  # so that a step past the end meets nobody's memory
+    driver = [sys.executable, str(Path(__file__).resolve()), "--kernel", kernel]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", str(ERROR_EXIT), *more, *driver]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        output = process.communicate(timeout=seconds)[0].decode(errors="replace")
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # the tool and the program it runs, both started here
+        output = process.communicate()[0].decode(errors="replace")
+        return False, f"no end within {seconds:.0f} s; {_last(output)}"
+    clean = "RACECHECK SUMMARY: 0 hazards" if tool == "racecheck" else "ERROR SUMMARY: 0 errors"
+    if process.returncode == 0 and clean in output:
+        return True, ""
+    return False, f"exit {process.returncode}: {_findings(output)}"
+
+
+def _findings(output: str) -> str:
+    """The tool's first report and its summary, or the driver's last words."""
+    lines = [line.lstrip("= ").strip() for line in output.splitlines() if line.startswith("=========")]
+    told = [line for line in lines if line and "COMPUTE-SANITIZER" not in line]
+    return " | ".join(told[:5] + told[-1:])[:1500] if told else _last(output)
+
+
+def _last(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no output"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kernel", choices=KERNELS, default=None)
+    parser.add_argument("--stand-in", choices=["emulator"], default=None)
+    parser.add_argument("--seconds", type=float, default=80)
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    if options.kernel is not None:
+        run_cases(options.kernel, options.stand_in is not None)
+        return 0
+    from common import save_checks
+
+    checks = sanitize(Card().kernels(), options.seconds)
+    for row in checks:
+        print(f"  {row['check']:<9} {row['kernel']:<22} {'ok' if row['passed'] else row['detail']}")
+    if options.out:
+        save_checks(options.out, checks)
+    return 0 if all(row["passed"] for row in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
