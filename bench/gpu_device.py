@@ -5,6 +5,7 @@ On the CPU (a dry run of the benchmarks' own code) there is no flush, no graph, 
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import threading
@@ -211,3 +212,24 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
     }
+
+
+def main() -> None:
+    """What the record says of the GPU and of the module that runs on it, as JSON."""
+    from hebatron_kernels import _native
+
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU")
+    if _native.cuda_module is None:
+        raise SystemExit(f"the _cuda module is not built: {_native.cuda_missing}")
+    found = machine(torch.device("cuda"))
+    with Clocks(True) as clocks:
+        begin = time.monotonic()
+        time.sleep(0.5)
+    found["idle_clocks"] = clocks.between(begin, time.monotonic())
+    kernels = {name: built["digest"] for name, built in _native.cuda_module.kernels().items()}
+    print(json.dumps({"machine": found, "kernels": kernels, "toolkit": _native.cuda_module.toolkit()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The README's GPU table, from the newest record in bench/results: python bench/gpu_table.py [--check]"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
+BEGIN, END = "<!-- gpu-table -->", "<!-- /gpu-table -->"
+RECORD = re.compile(r"\d{4}-\d{2}-\d{2}-.+\.json")
+# What the table shows of a record, in this order; the rest stays in the file.
+SHOWN = re.compile(
+    r"(up|down) \d+ uniform|(up|down) 16384 zipf|(plain|residual|gated) (1|4096|65536)x\d+( forward.*)?"
+)
+NOTHING = (
+    "No GPU run yet: every CUDA kernel here has been compiled and emulated, and **never run on hardware**."
+)
+
+Record = dict[str, Any]
+
+
+def newest(folder: Path) -> tuple[str, Record] | None:
+    """Name and contents of the record that was finished last."""
+    found = [
+        (path.name, json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(folder.glob("*.json"))
+        if RECORD.fullmatch(path.name)
+    ]
+    return max(found, key=lambda item: item[1]["finished"], default=None)
+
+
+def _best(rivals: dict[str, dict[str, Any]], wanted: str) -> str:
+    """ "0.123 ms (128x208)": the fastest rival whose name begins with `wanted`, or a dash."""
+    timed = [
+        (found["ms"], name) for name, found in rivals.items() if name.startswith(wanted) and "ms" in found
+    ]
+    if not timed:
+        return "-"
+    ms, name = min(timed)
+    tile = name.partition(":")[2]
+    return f"{ms:.4g}" + (f" ({tile})" if tile else "")
+
+
+def _row(row: Record) -> str:
+    rivals = row["rivals"]
+    ours = rivals.get("ours", {})
+    mine = f"{ours['ms']:.4g} | {ours['percent_of_floor']:.0f} %" if "ms" in ours else "- | -"
+    clock = row["clocks"].get("clocks.sm")
+    if row["kernel"] == "norm":
+        others = ["-", "-", _best(rivals, "F.rms_norm")]
+    else:
+        alone = {name: found for name, found in rivals.items() if name.endswith("product alone")}
+        others = [_best(rivals, "sm90a:"), _best(rivals, "cutlass:"), _best(alone, "")]
+    cells = [row["kernel"], row["case"], f"{row['floor_ms']:.4g}", mine, *others, _best(rivals, "torch form")]
+    return f"| {' | '.join(cells)} | {clock:.0f} |" if clock else f"| {' | '.join(cells)} | - |"
+
+
+def table(name: str, record: Record) -> str:
+    passed = sum(check["passed"] for check in record["checks"])
+    ceilings = record.get("ceilings", {})
+    lines = []
+    if record["dry_run"]:
+        lines.append("**Dry run: the figures are of a CPU at toy sizes and mean nothing.**")
+    machine, commit = record["machine"], record["commit"]
+    lines.append(
+        f"{record['gpu']}, driver {machine.get('driver', '-')}, CUDA {record['toolkit']}, torch {record['torch']}, "
+        f"{record['date']}, commit {commit}: `bench/gpu_check.sh`, {passed} of {len(record['checks'])} checks passed; "
+        f"all figures in `bench/results/{name}`."
+    )
+    if ceilings:
+        lines.append(
+            f"Floors count bytes at {ceilings['bytes_per_second'] / 1e12:.2f} TB/s (a copy) and operations at "
+            f"{ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s (an 8192^3 product), measured in the same process."
+        )
+    shown = [row for row in record.get("timings", []) if SHOWN.fullmatch(row["case"]) or record["dry_run"]]
+    shown = [row for row in shown if row["kernel"] != "baseline"]
+    if shown:
+        head = [
+            "kernel",
+            "case",
+            "floor ms",
+            "ours ms",
+            "of floor",
+            "best sm90a tile",
+            "CUTLASS",
+            "torch's product",
+            "torch form",
+        ]
+        lines += ["", f"| {' | '.join([*head, 'SM MHz'])} |", "|---" * (len(head) + 1) + "|"]
+        lines += [_row(row) for row in shown]
+    return "\n".join(lines)
+
+
+def generated(folder: Path = RESULTS) -> str:
+    found = newest(folder)
+    return f"{BEGIN}\n{NOTHING if found is None else table(*found)}\n{END}"
+
+
+def rewritten(readme: str, block: str) -> str:
+    """The README with the block between its markers replaced."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README must hold {BEGIN} and {END} once each")
+    before, rest = readme.split(BEGIN)
+    return before + block + rest.split(END)[1]
+
+
+def main() -> int:
+    readme = README.read_text(encoding="utf-8")
+    new = rewritten(readme, generated())
+    if sys.argv[1:] == ["--check"]:
+        if new != readme:
+            print("README's GPU table is not that of the newest record: python bench/gpu_table.py")
+        return int(new != readme)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
