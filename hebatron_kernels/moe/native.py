@@ -66,8 +66,11 @@ def supports_grouped_gemm(
         return f"needs b_EKN without overlap, got strides {tuple(b_EKM.stride())}"
     if implementation is not None and implementation.startswith("cutlass") and not a_RK.is_cuda:
         return "CUTLASS's kernels run on a GPU only"
-    if implementation is not None and implementation.startswith("sm90a") and not _stored_by_output(b_EKM):
-        return "sm90a needs b_EKN as the transposed view of weights stored (E, M, K)"
+    if implementation is not None and not implementation.startswith("sm80") and not _stored_by_output(b_EKM):
+        name = implementation.partition(":")[0]
+        return f"{name} needs b_EKN as the transposed view of weights stored (E, M, K)"
+    if implementation is not None and implementation.startswith("cutlass") and rows_N is not None:
+        return "cutlass gathers no rows: needs them in place (moe_permute first) and rows_N=None"
     return None
 
 

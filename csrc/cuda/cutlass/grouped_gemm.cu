@@ -2,7 +2,7 @@
 // Grid      persistent, one block per SM, 384 threads: a producer and two consumer warpgroups, 168 registers, no spill
 //           (nvcc 13.0, CUTLASS 4.2.0). Cooperative 128 x 208 and 128 x 224 in clusters of 2 x 1, ping-pong 128 x 128.
 // Traffic   a once per column of tiles, b once per row of tiles (L2 holds most of the repeats), out once. Before it,
-//           `prepare` writes 76 bytes per expert and the rows past the last end, if there are any.
+//           `prepare` writes 68 bytes per expert and the rows past the last end, if there are any.
 // Roofline  tensor cores from about 300 rows an expert: 393,216 x 1,856 x 2,688 is 3.92 TFLOP, 4.9 ms at 800 TFLOP/s (H100).
 // Measured  never run on hardware, nor under the emulator, which does not hold CUTLASS.
 // Limits    sm_90 only. Rows of a in place (no gather), k contiguous in b; strides and n multiples of 8, addresses of 16
@@ -10,11 +10,11 @@
 // Why so    shapes, pointers and strides of the experts are built on the device, so the host never waits for the routing.
 //           Then CUTLASS cannot know the number of tiles: it launches a block per SM, and each walks the experts 32 at a
 //           time. An expert with no row has no tile: it is stepped over, and no tensor map is made from its zero rows. A
-//           block left without a tile returns before its pipelines start; if every expert is empty, all of them do.
+//           block left without a tile returns before it loads anything; if every expert is empty, all of them do.
 #include "cuda/grouped_gemm.h"
 
 // Only what the ptr-array kernels of sm_90 need, in the order they need: collective_builder.hpp of gemm/ and
-// gemm_universal.hpp bring every architecture, a fifth of the compile time.
+// gemm_universal.hpp bring every architecture, a quarter more lines.
 #include <cutlass/device_kernel.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/group_array_problem_shape.hpp>
