@@ -17,7 +17,7 @@ SHOWN = re.compile(
     r"(up|down) \d+ uniform|(up|down) 16384 zipf|(plain|residual|gated) (1|4096|65536)x\d+( forward.*)?"
 )
 NOTHING = (
-    "No GPU run yet: every CUDA kernel here has been compiled and emulated, and **never run on hardware**."
+    "No GPU run yet: the CUDA kernels are compiled, ours are emulated, all were **never run on hardware**."
 )
 
 Record = dict[str, Any]
