@@ -361,10 +361,9 @@ def main() -> int:
         perform(run, [name for name in STEPS if name in wanted], options.seconds, options.keep)
     failed = sum(not check["passed"] for check in run.checks)
     label = "DRY RUN: " if run.dry else ""
-    print(
-        f"{label}{len(run.checks) - failed} of {len(run.checks)} checks passed, {len(run.skipped)} things skipped, "
-    )
-    print(f"{time.monotonic() - begin:.0f} s: {'passed' if not failed else 'FAILED'}")
+    passed = len(run.checks) - failed
+    print(f"{label}{passed} of {len(run.checks)} checks passed, {len(run.skipped)} things skipped")
+    print(f"{label}{'FAILED' if failed else 'passed'} in {time.monotonic() - begin:.0f} s")
     return 1 if failed else 0
 
 

@@ -167,7 +167,7 @@ def compare(names: list[str], sides: dict[str, dict[str, Result]]) -> list[dict]
             troubles += [
                 difference(name, r.data, want, ulps, side, "expected") for side, r in answers.items()
             ]
-        detail = "; ".join(trouble for trouble in troubles if trouble)
+        detail = " | ".join(trouble for trouble in troubles if trouble)
         checks.append(check(name, detail, [*answers, *(["expected"] if name in EXPECTED else [])]))
     return checks
 

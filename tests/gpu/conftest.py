@@ -13,8 +13,9 @@ import torch
 
 from hebatron_kernels import _native, testing
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
-from gpu_cases import Place
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+sys.path[:0] = [str(BENCH), str(BENCH / "conformance")]
+from gpu_cases import Place  # noqa: E402  (bench first: it is on no path of its own)
 
 record = None
 

@@ -1,0 +1,378 @@
+"""What bench/gpu_check.sh does without a GPU: dry run, the emulator's conformance, records, the README's table."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import gpu_check
+import gpu_conformance
+import gpu_kernels
+import gpu_table
+import pytest
+import torch
+from common import GROUPED_GEMM, ROOT, grouped_gemm_forms
+from expected import EXPECTED
+
+from hebatron_kernels import _evidence
+
+# The dry run
+
+
+def dry_run(tmp_path, steps):
+    command = [ROOT / "bench" / "gpu_check.sh", "--dry-run", "--only", steps, "--keep", tmp_path / "kept"]
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_dry_run_goes_through_every_step_that_needs_no_compiler(tmp_path):
+    watched = [ROOT / "README.md", ROOT / "hebatron_kernels" / "evidence.json", ROOT / "bench" / "results"]
+    before = [path.stat().st_mtime_ns for path in watched]
+    done = dry_run(tmp_path, "tests,sanitizer,timings,record")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "DRY RUN: passed" in done.stdout and "results must come from a GPU, got a dry run" in done.stdout
+    assert [path.stat().st_mtime_ns for path in watched] == before, "a dry run wrote into the tree"
+    (record,) = (tmp_path / "kept").glob("20*.json")
+    found = json.loads(record.read_text())
+    assert found["dry_run"] is True and [step["step"] for step in found["steps"]] == [
+        "tests",
+        "sanitizer",
+        "timings",
+    ]
+    kernels = {check["kernel"] for check in found["checks"]}
+    assert kernels >= {"norm", "grouped_gemm_sm80", "grouped_gemm_sm90", "grouped_gemm"}
+    assert len(found["timings"]) > 20 and not found["kernels"]
+    assert "mean nothing" in gpu_table.table(record.name, found)
+
+
+def test_a_real_run_must_begin_with_the_build():
+    done = subprocess.run(
+        [sys.executable, ROOT / "bench" / "gpu_check.py", "--only", "timings"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "must begin with build" in done.stderr
+
+
+def a_run(tmp_path, **options):
+    return gpu_check.Run(SimpleNamespace(dry_run=False, commit="abc", **options), tmp_path)
+
+
+def test_a_step_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    def faulty(run):
+        raise RuntimeError("no such thing")
+
+    run = a_run(tmp_path)
+    monkeypatch.setattr(gpu_check, "STEPS", {"tests": faulty, "timings": lambda run: "fine"})
+    gpu_check.perform(run, ["tests", "timings"], 10, tmp_path / "kept")
+    assert [step["said"] for step in run.steps] == ["RuntimeError: no such thing", "fine"]
+    assert [(check["kernel"], check["passed"]) for check in run.checks] == [("tests", False)]
+    assert json.loads((tmp_path / "kept" / "so_far.json").read_text())["commit"] == "abc"
+
+
+def test_a_command_is_stopped_at_its_deadline_with_all_it_started(tmp_path):
+    run = a_run(tmp_path)
+    run.deadline = time.monotonic() + 1
+    status, said = run.command("slow", "bash", "-c", "echo began; sleep 600 & sleep 600")
+    assert status is None and said == "began" and time.monotonic() - run.deadline < 5
+
+
+PYTEST_LOG = """
+{"test": "f.py::test_a", "event": "start"}
+{"test": "f.py::test_a", "event": "passed", "check": "streams", "seconds": 1, "detail": ""}
+{"test": "f.py::test_b", "event": "start"}
+{"test": "f.py::test_b", "event": "failed", "check": "values", "seconds": 1, "detail": "wrong"}
+{"test": "f.py::test_c", "event": "start"}
+{"test": "f.py::test_c", "event": "skipped", "check": "values", "seconds": 1, "detail": "no memory"}
+{"test": "f.py::test_d", "event": "start"}
+"""
+
+
+@pytest.mark.parametrize(
+    ("status", "why"), [(None, "hung until the step's end"), (-6, "the process ended with -6")]
+)
+def test_a_hang_and_a_crash_have_the_name_of_their_test(tmp_path, monkeypatch, status, why):
+    run = a_run(tmp_path)
+    (tmp_path / "tests_norm.jsonl").write_text(PYTEST_LOG.lstrip())
+    monkeypatch.setattr(run, "python", lambda *words: (status, "last words"))
+    gpu_check._one_pytest(run, "norm", "f.py", "")
+    seen = [(check["check"], check["name"], check["passed"], check["detail"]) for check in run.checks]
+    assert seen[:3] == [
+        ("streams", "test_a", True, ""),
+        ("values", "test_b", False, "wrong"),
+        ("values", "test_d", False, why),
+    ]
+    assert run.skipped == ["test_c: no memory"]
+
+
+def test_tests_that_were_all_skipped_are_a_failed_check(tmp_path, monkeypatch):
+    run = a_run(tmp_path)
+    monkeypatch.setattr(run, "python", lambda *words: (0, "2 skipped"))
+    gpu_check._one_pytest(run, "norm", "f.py", "")
+    assert [(check["kernel"], check["passed"]) for check in run.checks] == [("norm", False)]
+
+
+def test_compute_sanitizer_that_is_missing_is_a_failed_check(monkeypatch):
+    import gpu_sanitize
+
+    monkeypatch.setattr(gpu_sanitize, "find_sanitizer", lambda: None)
+    checks = gpu_sanitize.sanitize(["norm"], 10)
+    assert [check["check"] for check in checks] == list(gpu_sanitize.TOOLS)
+    assert all(not check["passed"] and "not installed" in check["detail"] for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("script", "tool", "passed"),
+    [
+        ("echo '========= ERROR SUMMARY: 0 errors'", "memcheck", True),
+        ("echo '========= RACECHECK SUMMARY: 0 hazards displayed'", "racecheck", True),
+        ("echo '========= ERROR SUMMARY: 0 errors'; exit 1", "memcheck", False),
+        ("echo '========= Invalid __global__ write'; exit 86", "memcheck", False),
+        ("echo 'no summary: the tool did not run'", "initcheck", False),
+        ("echo '========= RACECHECK SUMMARY: 3 hazards displayed'", "racecheck", False),
+        ("sleep 60", "synccheck", False),
+    ],
+)
+def test_a_tool_passes_only_with_its_own_clean_summary(tmp_path, script, tool, passed):
+    import gpu_sanitize
+
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    assert gpu_sanitize._under_tool(str(program), tool, "norm", 2)[0] is passed
+
+
+# Conformance
+
+
+@pytest.fixture(scope="module")
+def emulator_checks():
+    return {check["name"]: check for check in gpu_conformance.conformance(["emulator"], 150)}
+
+
+def test_emulator_gives_what_numpy_expects(emulator_checks):
+    wrong = {name: check["detail"] for name, check in emulator_checks.items() if not check["passed"]}
+    assert not wrong
+    for name in EXPECTED:
+        assert emulator_checks[name]["compared"] == ["emulator", "expected"], name
+
+
+def test_conformance_covers_every_primitive():
+    """Every function of prim/ptx.cuh and prim/wgmma.cuh is called by a case."""
+    names = set()
+    for header in ("ptx.cuh", "wgmma.cuh"):
+        text = (ROOT / "csrc" / "cuda" / "prim" / header).read_text()
+        names |= set(re.findall(r"^\s*HEBATRON_DEVICE [\w ]+?[ *](\w+)\(", text, re.MULTILINE))
+    assert len(names) > 60
+    cases = "".join(path.read_text() for path in (ROOT / "bench" / "conformance").glob("*.cuh"))
+    indirect = {"cluster_arrive", "cluster_wait", "mbarrier_test"}  # cluster_sync and mbarrier_wait call them
+    missing = {name for name in names - indirect if not re.search(rf"\b{name}\b", cases)}
+    assert not missing, f"no conformance case for {sorted(missing)}"
+    widths = re.findall(
+        r"^HEBATRON_WGMMA\((\d+),", (ROOT / "csrc/cuda/prim/wgmma.cuh").read_text(), re.MULTILINE
+    )
+    assert {f"wgmma_ss_{n}_kk" for n in widths} | {f"wgmma_rs_{n}_n" for n in widths} <= set(EXPECTED)
+
+
+def results_of(**cases):
+    return {name: gpu_conformance.Result(0, data) for name, data in cases.items()}
+
+
+def test_a_difference_names_the_first_byte():
+    sides = {"hardware": results_of(x=b"abcdefgh"), "emulator": results_of(x=b"abcdeZgh")}
+    (check,) = gpu_conformance.compare(["x"], sides)
+    assert not check["passed"] and "byte 5 of 8: hardware 0x66, emulator 0x5a" in check["detail"]
+
+
+def test_numpy_says_which_side_is_wrong():
+    right = EXPECTED["ldmatrix"]()
+    wrong = bytes([right[0] ^ 1]) + right[1:]
+    (check,) = gpu_conformance.compare(
+        ["ldmatrix"], {"hardware": results_of(ldmatrix=right), "emulator": results_of(ldmatrix=wrong)}
+    )
+    between, with_expected = check["detail"].split(" | ")
+    assert "hardware" in between and "emulator" in between
+    assert "emulator 0x" in with_expected and "expected 0x" in with_expected
+
+
+def test_a_case_without_a_record_does_not_pass():
+    failed = {"x": gpu_conformance.Result(0, b"", "no answer for 20 s")}
+    (check,) = gpu_conformance.compare(["x"], {"hardware": failed, "emulator": results_of(x=b"a")})
+    assert not check["passed"] and "hardware: no answer" in check["detail"]
+
+
+@pytest.mark.parametrize(("apart", "passed"), [(0, True), (4, True), (5, False)])
+def test_approximations_may_differ_by_their_units(apart, passed):
+    near = torch.tensor([1.5]).view(torch.int32) + apart
+    sides = {
+        "hardware": {"e": gpu_conformance.Result(4, near.numpy().tobytes())},
+        "emulator": {"e": gpu_conformance.Result(4, torch.tensor([1.5]).numpy().tobytes())},
+    }
+    assert gpu_conformance.compare(["e"], sides)[0]["passed"] is passed
+
+
+CRASHING = """#!{python}
+import os, sys
+for name in sys.argv[2:]:
+    with open(sys.argv[1], "ab") as file:
+        if name == "refused":
+            file.write(b"fail refused 0 4\\nboom")
+            sys.exit(1)
+        if name == "crash":
+            os.abort()
+        file.write(b"case %s 0 2\\nok" % name.encode())
+"""
+
+
+def test_cases_go_on_behind_a_crash(tmp_path):
+    program = tmp_path / "program"
+    program.write_text(CRASHING.format(python=sys.executable))
+    program.chmod(0o755)
+    names = ["one", "refused", "two", "crash", "three"]
+    found = gpu_conformance.run(program, names, time.monotonic() + 60)
+    assert {name for name in names if found[name].data == b"ok"} == {"one", "two", "three"}
+    assert found["refused"].failure == "boom" and "ended with -6" in found["crash"].failure
+
+
+# Timings
+
+
+def test_tiles_are_those_of_the_kernels():
+    for kernel, tiles in GROUPED_GEMM.values():
+        text = (ROOT / "csrc" / "cuda" / f"{kernel}.cu").read_text()
+        (named,) = re.findall(r'"(?:the tile must be|has the tiles) ([\dx, orand]+)"', text)
+        assert sorted(re.findall(r"\d+x\d+", named)) == sorted(tiles), kernel
+
+
+def test_forms_are_those_a_gpu_must_run():
+    compiled = ["norm", "grouped_gemm_sm80", "grouped_gemm_sm90"]
+    assert set(grouped_gemm_forms(compiled, 80).values()) == {"grouped_gemm_sm80"}
+    assert set(grouped_gemm_forms(compiled, 90).values()) == {"grouped_gemm_sm80", "grouped_gemm_sm90"}
+    assert len(grouped_gemm_forms([*compiled, "cutlass/grouped_gemm"], 90)) == 11
+    assert not grouped_gemm_forms([], 90) and not grouped_gemm_forms(compiled, 75)
+
+
+def test_a_wrong_result_is_not_timed():
+    right = torch.randn(8, 8)
+    rivals = {
+        "torch form": lambda: right,
+        "sm80:16x64": lambda: right * 1.1,
+        "sm80:64x128": lambda: torch.full_like(right, torch.nan),
+        "sm80:128x128": lambda: right + 1e-4,
+    }
+    problem = gpu_kernels.Problem("grouped_gemm", "up", 1.0, 1.0, rivals, "torch form")
+    device = gpu_kernels.Device("cpu")
+    good, _ = gpu_kernels.checked(device, problem)
+    assert set(good) == {"torch form", "sm80:128x128"}
+    row, checks = gpu_kernels.measure(
+        device, problem, gpu_kernels.Ceilings(1e9, 1e9), gpu_kernels.Clocks(False), repeats=2
+    )
+    assert [check["passed"] for check in checks] == [False, False, True]
+    assert {check["kernel"] for check in checks} == {"grouped_gemm_sm80"}
+    assert "ms" in row["rivals"]["sm80:128x128"] and "ms" not in row["rivals"]["sm80:16x64"]
+
+
+# Records
+
+
+def full_record(tmp_path):
+    """What a run on a GPU leaves where everything passed."""
+    run = a_run(tmp_path)
+    run.facts = {
+        "machine": {"gpu": "NVIDIA H200", "arch": "sm_90", "driver": "580.1", "torch": "2.11.0"},
+        "kernels": {"norm": "0123456789abcdef"},
+        "toolkit": 13,
+    }
+    run.checks = [{"kernel": "*", "check": "primitives", "name": "mma", "passed": True, "detail": ""}]
+    for check in _evidence.CHECKS[1:]:
+        run.check("norm", check, True)
+    times = {"ms": 0.2, "p10_ms": 0.2, "p90_ms": 0.2, "percent_of_floor": 80.0, "graph": True}
+    run.timings = {
+        "ceilings": {"bytes_per_second": 4.2e12, "flops_per_second": 7.9e14},
+        "rows": [
+            {
+                "kernel": "grouped_gemm",
+                "case": "up 4096 uniform",
+                "floor_ms": 0.16,
+                "bound": "memory",
+                "clocks": {"clocks.sm": 1755.0},
+                "rivals": {"ours": times, "sm90a:128x232": times, "torch form": {"error": "no grouped_mm"}},
+            }
+        ],
+    }
+    return gpu_check.results(run)
+
+
+def test_a_full_record_is_evidence(tmp_path):
+    earned, refused = _evidence.judge(full_record(tmp_path), "x.json")
+    assert [entry["kernel"] for entry in earned] == ["norm"] and not refused
+
+
+def test_one_failed_primitive_is_no_evidence(tmp_path):
+    record = full_record(tmp_path)
+    record["checks"].append(
+        {"kernel": "*", "check": "primitives", "name": "bulk", "passed": False, "detail": "x"}
+    )
+    earned, refused = _evidence.judge(record, "x.json")
+    assert not earned and refused == {"norm": "failed primitives"}
+
+
+def test_records_of_one_day_do_not_overwrite_each_other(tmp_path):
+    record = full_record(tmp_path)
+    names = []
+    for _ in range(3):
+        path = gpu_check.result_path(tmp_path, record)
+        path.write_text(json.dumps(record))
+        names.append(path.name)
+    date = record["date"]
+    assert names == [f"{date}-h200.json", f"{date}-h200-2.json", f"{date}-h200-3.json"]
+
+
+def test_table_shows_the_record_finished_last(tmp_path):
+    record = full_record(tmp_path)
+    for name, finished in (
+        ("2026-12-01-h200.json", "2026-12-01T08"),
+        ("2026-12-01-h200-2.json", "2026-12-01T09"),
+    ):
+        (tmp_path / name).write_text(json.dumps(record | {"finished": finished}))
+    (tmp_path / "norm.json").write_text("{}")  # a CPU benchmark's, with no date in its name
+    block = gpu_table.generated(tmp_path)
+    assert "bench/results/2026-12-01-h200-2.json" in block and "8 of 8 checks passed" in block
+    row = "| grouped_gemm | up 4096 uniform | 0.16 | 0.2 | 80 % | 0.2 (128x232) | - | - | - | 1755 |"
+    assert row in block.splitlines()
+
+
+def test_table_of_no_record_says_so(tmp_path):
+    assert gpu_table.NOTHING in gpu_table.generated(tmp_path)
+
+
+def test_readme_has_the_table_of_the_newest_record():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert gpu_table.rewritten(readme, gpu_table.generated()) == readme, "python bench/gpu_table.py"
+
+
+def test_a_readme_without_the_markers_is_an_error():
+    with pytest.raises(ValueError, match="once each"):
+        gpu_table.rewritten("nothing here", "")
+
+
+def test_the_timing_table_at_toy_sizes_compares_with_the_reference(tmp_path):
+    out = Path(tmp_path) / "timings.json"
+    command = [
+        sys.executable,
+        ROOT / "bench" / "gpu_kernels.py",
+        "--device",
+        "cpu",
+        "--out",
+        out,
+        "--seconds",
+        "0",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1 and "out of time" in done.stdout, done.stderr
