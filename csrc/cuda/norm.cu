@@ -8,6 +8,9 @@
 //           where every row starts on 16 bytes, single elements elsewhere.
 // Why so    the weight gradient is added over rows inside a block, written as one partial row per block and summed in
 //           a fixed order by a second kernel: no atomics, the same bits every run and on every device.
+#include <initializer_list>
+#include <utility>
+
 #include "cuda/prim.cuh"
 #include "hebatron/ops.h"
 
@@ -187,6 +190,15 @@ void check_args(const RmsNormArgs& a) {
   check(a.width / a.group <= 65535, "rms_norm[cuda]", "groups must be at most 65,535", a.width / a.group);
 }
 
+void check_pointers(std::initializer_list<std::pair<const char*, const void*>> pointers, const Exec& exec) {
+  for (const auto& [name, p] : pointers)
+    if (p) check_pointer("rms_norm[cuda]", name, p, exec);
+}
+void check_inputs(const RmsNormArgs& a, const Exec& exec) {
+  check(a.x && a.weight, "rms_norm[cuda]", "x and weight must be given", 0);
+  check_pointers({{"x", a.x}, {"residual", a.residual}, {"gate", a.gate}, {"weight", a.weight}}, exec);
+}
+
 template <class T, class W, int kCount>
 void run_forward(const RmsNormArgs& a, const Exec& exec) {
   const int64_t rows = a.rows < 65536 * 16 ? a.rows : 65536 * 16;
@@ -235,6 +247,8 @@ void rms_norm_fwd(const RmsNormArgs& a, const Exec& exec) {
   check_args(a);
   if (a.rows == 0) return;
   DeviceGuard guard(exec);
+  check_inputs(a, exec);
+  check_pointers({{"y", a.y}, {"sum", a.sum}}, exec);
   HEBATRON_BY_DTYPE(run_forward, a, a, exec)
 }
 
@@ -248,10 +262,14 @@ void rms_norm_bwd(const RmsNormBwdArgs& b, const Exec& exec) {
   check(exec.bytes_workspace >= rms_norm_bwd_workspace(b), "rms_norm[cuda]", "workspace is too small",
         exec.bytes_workspace);
   DeviceGuard guard(exec);
+  check_pointers({{"grad_weight", b.grad_weight}}, exec);
   if (a.rows == 0) {
     fill_zero("rms_norm", b.grad_weight, size_t(a.width) * sizeof(float), exec);
     return;
   }
+  check_inputs(a, exec);
+  check_pointers({{"grad_y", b.grad_y}, {"grad_sum", b.grad_sum}, {"grad_input", b.grad_input}, {"grad_gate", b.grad_gate},
+                  {"workspace", exec.workspace}}, exec);
   HEBATRON_BY_DTYPE(run_backward, a, b, exec)
 }
 

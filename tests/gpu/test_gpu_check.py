@@ -18,7 +18,7 @@ import torch
 from common import GROUPED_GEMM, ROOT, grouped_gemm_forms
 from expected import EXPECTED
 
-from hebatron_kernels import _evidence
+from hebatron_kernels import _evidence, _native, testing
 
 # The dry run
 
@@ -376,3 +376,32 @@ def test_the_timing_table_at_toy_sizes_compares_with_the_reference(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1 and "out of time" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["x", "weight", "y", "sum"])
+def test_norm_refuses_a_pointer_of_no_tensor(wrong):
+    """On a GPU a host pointer; in the emulator memory that the call was not given."""
+    testing.load_emulator()
+    module = _native.emulator_module
+    tensors = {name: torch.randn(4, 64) for name in ("x", "residual", "y", "sum")} | {
+        "weight": torch.randn(64)
+    }
+    keywords = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    keywords |= {
+        "rows": 4,
+        "width": 64,
+        "group": 64,
+        "eps": 1e-5,
+        "dtype": "float32",
+        "weight_dtype": "float32",
+    }
+    keywords |= {"x_stride": 64, "residual_stride": 64, "gate": None, "gate_stride": 0, "device": 0}
+    elsewhere = torch.randn(4, 64)
+    try:
+        for name, tensor in tensors.items():
+            module.allow_memory(tensor.data_ptr(), tensor.nbytes, name)
+        module.rms_norm_fwd(**keywords)
+        with pytest.raises(ValueError, match=f"{wrong} must be memory of the call's tensors"):
+            module.rms_norm_fwd(**(keywords | {wrong: elsewhere.data_ptr()}))
+    finally:
+        module.forget_memory()
