@@ -1,9 +1,11 @@
 """Compares prim.cuh on a GPU with the emulator, bit by bit: builds bench/conformance twice, runs both, compares.
 
-    python bench/gpu_conformance.py [--only emulator] [--out checks.json] [--seconds 90]
+    python bench/gpu_conformance.py [--out checks.json] [--seconds 90]
+    python bench/gpu_conformance.py --only emulator      without a GPU
+    python bench/gpu_conformance.py --dry-run            the same, and the program for the GPU compiled by nvcc
 
 Where bench/conformance/expected.py knows the answer it is the third voice: it says which of the two is wrong, and
-without a GPU (--only emulator) the emulator is held against it alone. A case that faults or hangs is recorded and the
+without a GPU the emulator is held against it alone. A case that faults or hangs is recorded and the
 rest go on.
 """
 
@@ -172,12 +174,14 @@ def compare(names: list[str], sides: dict[str, dict[str, Result]]) -> list[dict]
     return checks
 
 
-def conformance(targets: list[str], seconds: float) -> list[dict]:
+def conformance(targets: list[str], seconds: float, compiled_only: str = "") -> list[dict]:
+    """The checks of the targets that run; `compiled_only` is built and not run."""
     deadline = time.monotonic() + seconds
     with TemporaryDirectory() as folder:
         with ThreadPoolExecutor() as pool:  # the two compilers run side by side
-            built = dict(zip(targets, pool.map(lambda t: build(t, Path(folder)), targets)))
-        programs = {target: made for target, made in built.items() if isinstance(made, Path)}
+            wanted = [*targets, compiled_only] if compiled_only else targets
+            built = dict(zip(wanted, pool.map(lambda t: build(t, Path(folder)), wanted)))
+        programs = {t: made for t, made in built.items() if isinstance(made, Path) and t in targets}
         checks = [check(f"build for {t}", made, []) for t, made in built.items() if isinstance(made, str)]
         if not programs:
             return checks
@@ -193,11 +197,14 @@ def conformance(targets: list[str], seconds: float) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", choices=["emulator", "hardware"], default=None)
+    parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     targets = ["hardware", "emulator"] if options.only is None else [options.only]
-    checks = conformance(targets, options.seconds)
+    if options.dry_run:
+        targets = ["emulator"]
+    checks = conformance(targets, options.seconds, "hardware" if options.dry_run else "")
     for row in checks:
         if not row["passed"]:
             print(f"  {row['name']}: {row['detail']}")

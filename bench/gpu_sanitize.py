@@ -239,8 +239,8 @@ def grouped_cases(kernel: str) -> Callable[[Card | Emulator, np.random.Generator
         implementation, tiles = FORMS[kernel]
         for m, n in tiles:
             for by_output in (True, False):
-                if not by_output and (implementation == 2 or (implementation == 3 and n != 128)):
-                    continue  # weights stored by width: not this kernel's
+                if not by_output and implementation != 1:
+                    continue  # only sm80 takes weights stored by width
                 for whole in (False, True):
                     _grouped(Runner(card, "bfloat16"), random, implementation, m, n, by_output, whole)
                     yield f"tile {m}x{n}{'' if by_output else ' by width'}{' whole' if whole else ''}"
