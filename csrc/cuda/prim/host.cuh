@@ -92,7 +92,11 @@ inline CUtensorMap tensor_map(const char* op, const void* base, const TensorMapS
   using Encode = decltype(&cuTensorMapEncodeTiled);
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050  // the older call, gone in CUDA 13, is all that 12.4 has
   check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found), op);
+#else
+  check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found), op);
+#endif
   if (found != cudaDriverEntryPointSuccess) throw std::runtime_error(std::string(op) + ": the driver has no cuTensorMapEncodeTiled (needs CUDA 12)");
   CUtensorMap map;
   const cuuint32_t step[3] = {1, 1, 1};
