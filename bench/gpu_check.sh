@@ -6,7 +6,7 @@
 # Needs a Python >= 3.11 with torch, pytest, pybind11, setuptools, cmake, ninja; nvcc >= 12.4; g++.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-python3}
+python=python3
 # Tools of the toolkit and of the Python at hand are often not on PATH.
 export PATH="$PATH:/usr/local/cuda/bin:$(dirname "$("$python" -c 'import sys; print(sys.executable)')")"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

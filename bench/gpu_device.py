@@ -188,7 +188,8 @@ def _number(field: str) -> float:
 
 def _gpu_id() -> str:
     """The current device as nvidia-smi knows it, whatever CUDA_VISIBLE_DEVICES says."""
-    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    return f"GPU-{uuid.removeprefix('GPU-')}"
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -129,6 +129,14 @@ def measure(
     return row, checks
 
 
+def leave_out(problem: Problem, names: set[str]) -> None:
+    """Without these implementations of grouped_gemm, or "norm"; nor the choice among them, which may fall on one."""
+    choice = {"grouped_gemm": {"sm90a", "sm80"}, "norm": {"norm"}}.get(problem.kernel, set())
+    for rival in list(problem.rivals):
+        if rival.partition(":")[0] in names or (rival == "ours" and choice & names):
+            del problem.rivals[rival]
+
+
 def show(row: dict[str, Any]) -> None:
     clock = row["clocks"].get("clocks.sm")
     at = f", {clock:.0f} MHz" if clock else ""
@@ -150,7 +158,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument(
-        "--without", action="append", default=[], help="leave out this implementation (sm90a, ...)"
+        "--without", action="append", default=[], help="leave this out: norm, sm90a, sm80, cutlass"
     )
     options = parser.parse_args()
     if options.device == "cuda" and (not torch.cuda.is_available() or _native.cuda_module is None):
@@ -175,8 +183,7 @@ def main() -> int:
                 skipped.append(name)
                 continue
             problem = make()
-            for rival in [r for r in problem.rivals if r.partition(":")[0] in options.without]:
-                del problem.rivals[rival]
+            leave_out(problem, set(options.without))
             row, found = measure(device, problem, ceilings, clocks, repeats)
             del problem
             device.free()

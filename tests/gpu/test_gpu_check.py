@@ -24,8 +24,9 @@ from hebatron_kernels import _evidence, _native, testing
 
 
 def dry_run(tmp_path, steps):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = [ROOT / "bench" / "gpu_check.sh", "--dry-run", "--only", steps, "--keep", tmp_path / "kept"]
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
@@ -275,6 +276,20 @@ def test_a_wrong_result_is_not_timed():
     assert [check["passed"] for check in checks] == [False, False, True]
     assert {check["kernel"] for check in checks} == {"grouped_gemm_sm80"}
     assert "ms" in row["rivals"]["sm80:128x128"] and "ms" not in row["rivals"]["sm80:16x64"]
+
+
+def test_what_is_left_out_is_not_chosen_either():
+    rivals = dict.fromkeys(
+        ["ours", "sm80:16x64", "sm90a:128x128", "cutlass:128x128", "torch form"], lambda: None
+    )
+    for without, left in [
+        ({"sm90a"}, ["sm80:16x64", "cutlass:128x128", "torch form"]),
+        ({"cutlass"}, ["ours", "sm80:16x64", "sm90a:128x128", "torch form"]),
+        ({"norm"}, list(rivals)),
+    ]:
+        problem = gpu_kernels.Problem("grouped_gemm", "up", 1.0, 1.0, dict(rivals), "torch form")
+        gpu_kernels.leave_out(problem, without)
+        assert list(problem.rivals) == left
 
 
 # Records
