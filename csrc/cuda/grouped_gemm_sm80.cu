@@ -332,8 +332,6 @@ const char* refuse_grouped_gemm_sm80(const GroupedGemmArgs& g) {
 }
 
 void grouped_gemm_sm80(const GroupedGemmArgs& g, const Exec& exec) {
-  if (g.rows == 0) return;
-  DeviceGuard guard(exec);
   const Sm80Tile tile = sm80_tile(g, bytes_shared_per_block(exec));
   if (tile.m == 16) return run<Tile80<16, 64, 64, 1, 4, 3>>(g, exec);
   if (tile.m == 64) return run<Tile80<64, 128, 32, 2, 4, 3>>(g, exec);
