@@ -6,6 +6,7 @@ On the CPU (a dry run of the benchmarks' own code) there is no flush, no graph, 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import threading
@@ -172,11 +173,10 @@ class Clocks:
                 self.samples.append((time.monotonic(), values))
 
     def between(self, begin: float, end: float) -> dict[str, float]:
-        """Empty where no sample fell into the stretch."""
-        inside = [values for at, values in self.samples if begin <= at <= end]
-        if not inside:
-            return {}
-        return {name: round(statistics.median(column), 1) for name, column in zip(self.FIELDS, zip(*inside))}
+        """Of what the card tells; a short stretch takes the sample before it. Empty where there is none."""
+        inside = [values for at, values in self.samples if begin - 0.15 <= at <= end]
+        columns = {name: [v for v in values if v == v] for name, values in zip(self.FIELDS, zip(*inside))}
+        return {name: round(statistics.median(values), 1) for name, values in columns.items() if values}
 
 
 def _number(field: str) -> float:
@@ -197,19 +197,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"gpu": "none (dry run on the CPU)", "arch": "none", "torch": torch.__version__}
     properties = torch.cuda.get_device_properties(device)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", _gpu_id()],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    driver = "unknown: nvidia-smi is not on PATH"
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", _gpu_id()]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "gpu": properties.name,
         "arch": f"sm_{properties.major}{properties.minor}",
         "sms": properties.multi_processor_count,
         "memory_gb": round(properties.total_memory / 1e9, 1),
         "l2_mb": round(properties.L2_cache_size / 1e6, 1),
-        "driver": driver.stdout.strip(),
+        "driver": driver,
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
     }

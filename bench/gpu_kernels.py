@@ -175,6 +175,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     checks: list[dict[str, Any]] = []
     skipped: list[str] = []
+    on = machine(device.device)
     with Clocks(device.cuda) as clocks:
         ceilings = device.ceilings(sizes.copy_bytes, sizes.matmul_size, repeats)
         print(f"ceilings: {asdict(ceilings)}")
@@ -191,7 +192,7 @@ def main() -> int:
             rows.append(row)
             checks += found
             if options.out:  # after every problem: a run that is stopped leaves what it has
-                record = {"dry_run": dry, "machine": machine(device.device), "ceilings": asdict(ceilings)}
+                record = {"dry_run": dry, "machine": on, "ceilings": asdict(ceilings)}
                 record |= {"rows": rows, "skipped": skipped, "checks": checks}
                 options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if skipped:
