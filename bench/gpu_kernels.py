@@ -3,7 +3,7 @@
     python bench/gpu_kernels.py [--seconds 150] [--out timings.json]
     python bench/gpu_kernels.py --device cpu          dry run: the same code at toy sizes, no figure means anything
 
-Medians of CUDA events over 15 calls, each replayed from a CUDA graph behind a write of 256 MB, rivals in turn. A
+Medians of CUDA events over 15 calls, each replayed from a CUDA graph behind a flush of 256 MB, rivals in turn. A
 problem's floor is the larger of its bytes over a measured copy's rate and its operations over a measured 8192^3
 product's. Results are compared with the torch form before anything is timed; tests/gpu holds them to the oracle.
 """
