@@ -115,13 +115,19 @@ def test_signal_finishes_the_step_saves_and_returns(
 
 
 def test_second_signal_interrupts_at_once(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    # A job started in the background of a script inherits an ignored SIGINT; this is about one that listens.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def twice(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(toy_config(whole[0], tmp_path), reporter=Silent(twice))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(toy_config(whole[0], tmp_path), reporter=Silent(twice))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def train_in_child(config: RunConfig, threads: int) -> None:
