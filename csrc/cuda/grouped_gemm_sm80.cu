@@ -15,8 +15,7 @@
 //           block's search, fill and stores, and the hardware hands out tiles as they end, whatever the experts' sizes.
 //           Warps of 64x64: per k16 a tile moves 24 KB through shared memory in 256 clocks of A100's tensor cores, 75 %
 //           of what it can; 8 warps of 64x32 would need all of it.
-#include "cuda/grouped_gemm.h"
-#include "cuda/prim.cuh"
+#include "cuda/grouped_gemm.cuh"
 
 namespace hebatron::cuda {
 namespace {
@@ -211,28 +210,6 @@ HEBATRON_DEVICE void multiply(const Loader<T, kKMajor>& loader, const Reader<T, 
   }
 }
 
-HEBATRON_DEVICE float finish(float v, bool relu2, float scale) {
-  if (relu2) v = v < 0.0f ? 0.0f : v * v;  // NaN stays NaN
-  return v * scale;
-}
-
-// The transpose of the 4 x 4 words that the four lanes of a quad hold: lane q gets word q of lanes 0 to 3.
-HEBATRON_DEVICE void quad_transpose(uint32_t (&w)[4]) {
-  const bool odd = lane_id() & 1, high = lane_id() & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const uint32_t got = shfl_xor(odd ? w[i] : w[i + 1], 1);
-    w[i] = odd ? got : w[i];
-    w[i + 1] = odd ? w[i + 1] : got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const uint32_t got = shfl_xor(high ? w[i] : w[i + 2], 2);
-    w[i] = high ? got : w[i];
-    w[i + 2] = high ? w[i + 2] : got;
-  }
-}
-
 // A lane holds 2 columns of every piece of 8: quads exchange, so that it stores all 16 bytes of every fourth piece instead.
 // Pieces of 16 rows: the first kFragsN are of the upper 8 rows, the others of the lower 8.
 template <class T>
@@ -254,9 +231,9 @@ HEBATRON_DEVICE void store_tile(const GroupedGemmArgs& g, const Accumulator<T>& 
       for (int p = 0; p < 4; p++) {
         const int half = (piece + p) / T::kFragsN, j = (piece + p) % T::kFragsN;
         const float* pair = &sum[i][j][2 * half];
-        words[p] = pack_bf16(finish(pair[0], g.relu2, scale[half]), finish(pair[1], g.relu2, scale[half]));
+        words[p] = pack_bf16(activated(pair[0], g.relu2, scale[half]), activated(pair[1], g.relu2, scale[half]));
       }
-      quad_transpose(words);
+      transpose_quad(words);
       const int half = (piece + in_quad) / T::kFragsN, j = (piece + in_quad) % T::kFragsN;
       const int r = row + i * 16 + half * 8, c = column + j * 8;
       if (r < end && c < g.n)

@@ -13,8 +13,7 @@
 // Why so    TMA cannot gather rows on Hopper, so the producer copies a by cp.async and b by TMA, on one mbarrier.
 //           Results go from registers to memory in 16-byte stores under a row predicate: a tensor map cannot clip at an
 //           expert's end, and a staging buffer would cost the fifth stage. No atomics: the same bits every run.
-#include "cuda/grouped_gemm.h"
-#include "cuda/prim.cuh"
+#include "cuda/grouped_gemm.cuh"
 
 namespace hebatron::cuda {
 namespace {
@@ -184,32 +183,6 @@ HEBATRON_DEVICE void produce(const TensorMap& map_a, const TensorMap& map_b, con
   }
 }
 
-// Lane q of each four ends with word q of lanes 0 to 3.
-HEBATRON_DEVICE void transpose_quad(uint32_t (&word)[4]) {
-  const int quad = threadIdx.x % 4;
-#pragma unroll
-  for (int mask = 1; mask <= 2; mask *= 2) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i & mask) continue;
-      const uint32_t other = shfl_xor(quad & mask ? word[i] : word[i | mask], mask);
-      if (quad & mask) {
-        word[i] = other;
-      } else {
-        word[i | mask] = other;
-      }
-    }
-  }
-}
-
-HEBATRON_DEVICE float activate(float v, bool relu2, float scale) {
-  if (relu2) {
-    v = v < 0.0f ? 0.0f : v;  // a NaN stays one
-    v *= v;
-  }
-  return v * scale;
-}
-
 // The 64 rows of one accumulator, the first being `top`. A lane holds two neighbours of every 8 columns in two rows, 8
 // apart. Two such blocks of columns make four words, which the quad transposes into 16 bytes of one row for each lane.
 template <int kTileN>
@@ -231,7 +204,7 @@ HEBATRON_DEVICE void store_rows(const float (&acc)[kTileN / 2], const Problem& p
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int half = i / 2, at = (block + (pair ? i % 2 : 0)) * 4 + half * 2;
-      word[i] = pack_bf16(activate(acc[at], p.relu2, scale[half]), activate(acc[at + 1], p.relu2, scale[half]));
+      word[i] = pack_bf16(activated(acc[at], p.relu2, scale[half]), activated(acc[at + 1], p.relu2, scale[half]));
     }
     transpose_quad(word);
     const int column = tile.column + (block + (pair ? quad % 2 : 0)) * 8;
