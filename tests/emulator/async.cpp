@@ -129,7 +129,9 @@ std::string describe_wait(const Thread& t) {
 }
 
 // ---- cp.async ----
-static void copy(const Copy& c) {
+static void copy(Copy& c) {
+  if (c.done) return;
+  c.done = true;
   if (c.valid)
     memcpy(c.dst, c.src, 16);
   else
@@ -139,7 +141,7 @@ static void copy(const Copy& c) {
 void cp_async_16(uint32_t dst, const void* src, bool valid) {
   EMULATOR_ENTER();
   if (dst % 16 || (valid && reinterpret_cast<uintptr_t>(src) % 16)) fail("cp_async_16 moves 16 bytes between addresses that are multiples of 16");
-  Copy c{shared_pointer(dst, 16), src, valid, self->line};
+  Copy c{shared_pointer(dst, 16), src, valid, false};
   if (checked()) {
     if (self->copy_actor < 0) self->copy_actor = add_actor(*self->block, "cp.async of thread " + std::to_string(self->id));
     Actor a = thread_actor();
@@ -150,8 +152,7 @@ void cp_async_16(uint32_t dst, const void* src, bool valid) {
   }
   if (current.mode == Mode::eager || (current.mode == Mode::random && random_chance(2)))
     copy(c);
-  else
-    self->copies.push_back(c);
+  self->copies.push_back(c);
 }
 
 void cp_async_commit() {
@@ -163,7 +164,7 @@ void cp_async_commit() {
 
 static void wait_copies(int pending) {
   while (int(self->groups.size()) > pending) {
-    for (const Copy& c : self->groups.front()) copy(c);
+    for (Copy& c : self->groups.front()) copy(c);
     self->groups.pop_front();
   }
   const uint32_t open = self->copy_step;  // the group not committed; those before it are 1 .. open - 1
@@ -176,7 +177,6 @@ void cp_async_wait(int pending) {
 void cp_async_wait_all() {  // what was not committed as well
   EMULATOR_ENTER();
   cp_async_commit();
-  self->line = __builtin_return_address(0);
   wait_copies(0);
 }
 
@@ -192,8 +192,8 @@ void cp_async_arrive(uint64_t* b) {
   Block* block = self->block;
   const int64_t actor = self->copy_actor;
   const uint32_t step = self->copy_step++;
-  defer(block, [=] {
-    for (const Copy& c : all) copy(c);
+  defer(block, [=]() mutable {
+    for (Copy& c : all) copy(c);
     know(clocks_of(b)[reinterpret_cast<Word*>(b)->phase], *block, actor, step, false);
     take_arrival(b);
     complete(b);
@@ -262,7 +262,6 @@ void tma_load(void* dst, const TensorMap* map, uint64_t* b, const int* at, uint3
   check_tile(*map, dst, "tma_load");
   const TensorMap m = *map;
   const uint32_t here = shared_address(dst), barrier = shared_address(b), bytes = bytes_of(m);
-  self->line = __builtin_return_address(0);
   Block* issuer = self->block;
   const int64_t actor = free_actor(*issuer, self->clocks, "a TMA load");
   const uint32_t step = next_step(*issuer, actor);
@@ -295,10 +294,8 @@ void tma_load(void* dst, const TensorMap* map, uint64_t* b, const int* at, uint3
 void tma_load_1d(void* dst, const void* src, uint32_t bytes, uint64_t* b) {
   EMULATOR_ENTER();
   if (bytes % 16 || reinterpret_cast<uintptr_t>(src) % 16 || shared_address(dst) % 16) fail("tma_load_1d: addresses and size must be multiples of 16");
-  self->line = __builtin_return_address(0);
   word_of(b);
   char* target = shared_pointer(shared_address(dst), bytes);
-  self->line = __builtin_return_address(0);
   Block* issuer = self->block;
   const int64_t actor = free_actor(*issuer, self->clocks, "a TMA load");
   const uint32_t step = next_step(*issuer, actor);
@@ -360,7 +357,6 @@ void tma_store(const TensorMap* map, const void* src, const int* at, bool add) {
   check_tile(*map, src, "tma_store");
   const TensorMap m = *map;
   const uint32_t here = shared_address(src) & 0xffffff;
-  self->line = __builtin_return_address(0);
   char* tile = shared_pointer(here | self->block->rank << 24, bytes_of(m));
   const auto [reader, writer] = store_actors();
   enter_tile(m, at, tile, Access::read, add ? Access::atomic : Access::write, reader, writer);
@@ -379,7 +375,6 @@ void tma_store_1d(void* dst, const void* src, uint32_t bytes, bool add) {
   EMULATOR_ENTER();
   if (bytes % 16 || reinterpret_cast<uintptr_t>(dst) % 16 || shared_address(src) % 16) fail("tma_store_1d: addresses and size must be multiples of 16");
   const char* from = shared_pointer(shared_address(src), bytes);
-  self->line = __builtin_return_address(0);
   if (checked()) {
     const auto [reader, writer] = store_actors();
     access(from, bytes, Access::read, reader);
@@ -404,7 +399,9 @@ void tma_commit() {
 static void finish_stores(int pending, bool reads_only) {
   const int64_t last = int64_t(self->store_group) - 1 - pending;  // the newest group that must be finished
   for (BulkStore& s : self->stores) {
-    if (int64_t(s.group) > last || s.done_reading) continue;
+    if (int64_t(s.group) > last) continue;
+    s.waited_for = true;
+    if (s.done_reading) continue;
     s.data = s.read();
     s.done_reading = true;
   }
@@ -427,11 +424,11 @@ void check_thread_end(Thread& t) {
   if (!t.copies.empty() || in_flight) fail("the thread ends with cp.async copies it has not waited for");
   for (const BulkStore& s : t.stores)
     if (s.group >= t.store_group) fail("the thread ends with TMA stores it has not committed");
-  const bool unread = std::any_of(t.stores.begin(), t.stores.end(), [](const BulkStore& s) { return !s.done_reading; });
-  if (unread && current.mode != Mode::eager) fail("the thread ends before its TMA stores have read shared memory: tma_wait_read is missing");
+  const bool unread = std::any_of(t.stores.begin(), t.stores.end(), [](const BulkStore& s) { return !s.waited_for; });
+  if (unread) fail("the thread ends before its TMA stores have read shared memory: tma_wait_read is missing");
   finish_stores(0, false);
   const Warpgroup& g = t.block->warpgroups[size_t(t.id) / 128];
-  if (!g.open.empty() || !g.groups.empty()) fail("the thread ends with wgmma it has not waited for");
+  if (!g.open.empty() || t.waited_groups < g.group_steps.size()) fail("the thread ends with wgmma it has not waited for");
 }
 
 }  // namespace emulator

@@ -238,6 +238,7 @@ void wgmma_wait(int pending) {
   maybe_preempt();
   while (int(g.groups.size()) > pending) run_group(g);
   if (pending == 0) g.fenced = false;
+  self->waited_groups = std::max(self->waited_groups, g.group_steps.size() - std::min(g.group_steps.size(), size_t(pending)));
   if (int(g.group_steps.size()) > pending) know(self->clocks, *self->block, g.actor, g.group_steps[g.group_steps.size() - 1 - size_t(pending)], true);
 }
 

@@ -207,6 +207,8 @@ std::vector<std::vector<uint8_t>> slot_written;  // bytes of each word that some
 std::vector<Record> pool(1);                    // 0 is no record
 uint32_t free_records = 0;
 std::unordered_map<const void*, Clocks> published;  // by store_release, fence_gpu and atomics
+std::vector<std::pair<const void*, size_t>> statics;  // tag and offset of static shared memory, the same in every block
+size_t bytes_statics = 0;                              // where it ends
 uintptr_t stack_low, stack_high, image_low, image_high;
 
 const char image_anchor = 0;
@@ -376,6 +378,8 @@ void memory_begin_launch(const void* stack_frame) {
   stack_low = reinterpret_cast<uintptr_t>(stack_frame) - (64 << 10);
   stack_high = reinterpret_cast<uintptr_t>(stack_frame) + (1 << 20);  // the caller's frames: the kernel's parameters
   if (!image_high) find_image();
+  statics.clear();
+  bytes_statics = 0;
   if (!checked()) return;
   const size_t slots = bytes_arena / kBytesSlot;
   slot_cells.resize(slots);
@@ -393,6 +397,7 @@ void memory_end_launch() {
 }
 
 void memory_begin_block(Block& b) {
+  b.bytes_used = std::max(b.bytes_used, bytes_statics);
   if (!checked()) return;
   slot_cells[size_t(b.slot)].assign(kBytesSlot / 4, {});
   slot_written[size_t(b.slot)].assign(kBytesSlot / 4, 0);
@@ -436,12 +441,14 @@ void* dynamic_shared() { return self->block->shared; }
 void* shared_array(const void* tag, size_t bytes, size_t alignment) {
   EMULATOR_ENTER();
   Block& b = *self->block;
-  for (const auto& [known, offset] : b.statics)
+  for (const auto& [known, offset] : statics)
     if (known == tag) return b.shared + offset;
   const size_t offset = (b.bytes_used + std::max<size_t>(alignment, 16) - 1) / std::max<size_t>(alignment, 16) * std::max<size_t>(alignment, 16);
   if (offset + bytes > size_t(current.bytes_shared)) fail("static and dynamic shared memory together are more than a block may use");
-  b.bytes_used = offset + bytes;
-  b.statics.push_back({tag, offset});
+  bytes_statics = offset + bytes;
+  statics.push_back({tag, offset});
+  for (size_t slot = 0; slot < bytes_arena / kBytesSlot; slot++)
+    if (Block* resident = block_of_slot(slot)) resident->bytes_used = bytes_statics;
   return b.shared + offset;
 }
 

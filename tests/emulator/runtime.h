@@ -45,15 +45,14 @@ struct Thread;
 struct Copy {  // one cp.async of 16 bytes
   char* dst;
   const void* src;
-  bool valid;
-  const void* line;
+  bool valid, done;
 };
 struct BulkStore {  // one TMA store: shared memory is read first, device memory written later
   uint64_t group;
   std::function<std::vector<char>()> read;
   std::function<void(const std::vector<char>&)> write;
   std::vector<char> data;
-  bool done_reading = false;
+  bool done_reading = false, waited_for = false;
 };
 struct Thread {
   Place place;
@@ -78,6 +77,7 @@ struct Thread {
   int64_t copy_actor = -1, read_actor = -1, write_actor = -1;
   uint64_t cluster_generation = 0;
   uint32_t copy_step = 1;    // of the copies not committed
+  size_t waited_groups = 0;  // of its warpgroup's wgmma
 };
 
 struct Warp {
@@ -133,7 +133,6 @@ struct Block {
   std::shared_ptr<ClusterBarrier> cluster_barrier;
   char* shared = nullptr;
   size_t bytes_dynamic = 0, bytes_used = 0;
-  std::vector<std::pair<const void*, size_t>> statics;  // tag, offset
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
@@ -192,6 +191,6 @@ struct Inside {
 };
 #define EMULATOR_ENTER() \
   const ::emulator::Inside inside_; \
-  ::emulator::self->line = __builtin_return_address(0)
+  if (inside_.thread.inside == 1) inside_.thread.line = __builtin_return_address(0)
 
 }  // namespace emulator

@@ -35,9 +35,11 @@ std::vector<std::unique_ptr<Block>> blocks;  // all of the launch, for reports
 std::vector<Block*> slots;                   // resident, by slot
 struct Deferred {
   Block* block;
+  const void* line;  // that issued it
   std::function<void()> work;
 };
 std::vector<Deferred> deferred;
+const void* deferred_line = nullptr;  // while its work is done
 const std::function<void()>* kernel_body = nullptr;
 std::string failure;
 int one_in = 1;  // random mode: chance per resumed thread that work in flight is done
@@ -165,7 +167,9 @@ void retire(Block& b) {
 void run_deferred(size_t i) {
   Deferred work = std::move(deferred[i]);
   deferred.erase(deferred.begin() + long(i));
+  deferred_line = work.line;
   work.work();
+  deferred_line = nullptr;
   progress++;
 }
 
@@ -258,6 +262,7 @@ void clear_launch() {
   blocks.clear();
   slots.clear();
   deferred.clear();
+  deferred_line = nullptr;
   failure.clear();
   self = nullptr;
   place = nullptr;
@@ -285,6 +290,7 @@ std::string name_of(const Thread& t) { return "thread " + std::to_string(t.id) +
 void fail(const std::string& message) {
   std::string text = "emulator: " + message;
   if (self) text += "\n  " + name_of(*self) + " at " + line_of(self->line);
+  if (!self && deferred_line) text += "\n  work that was issued at " + line_of(deferred_line);
   throw std::runtime_error(text);
 }
 
@@ -307,7 +313,7 @@ void defer(Block* block, std::function<void()> work) {
   if (current.mode == Mode::eager)
     work();
   else
-    deferred.push_back({block, std::move(work)});
+    deferred.push_back({block, self->line, std::move(work)});
 }
 
 void launch(const char* name, Dim grid, Dim block, unsigned cluster, int bytes_dynamic, const std::function<void()>& kernel) {
