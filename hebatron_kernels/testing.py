@@ -217,8 +217,8 @@ def emulator_lacks() -> str | None:
     return None if find_spec("pybind11") else "pybind11 (pip install pybind11)"
 
 
-@cache
-def _emulator(checked: bool) -> ModuleType:
+def build_emulator(checked: bool, target: str = "_emu") -> Path:
+    """The folder in which a target of tests/emulator/CMakeLists.txt now stands, up to date."""
     lacks = emulator_lacks()
     if lacks is not None:
         raise BackendError(f"load_emulator: needs {lacks}")
@@ -242,8 +242,13 @@ def _emulator(checked: bool) -> ModuleType:
             (build / "CMakeCache.txt").unlink(missing_ok=True)
             _build_step("-S", str(ROOT / "tests/emulator"), "-B", str(build), "-G", "Ninja", *options)
             stamp.write_text(wanted)
-        _build_step("--build", str(build), "--parallel", str(os.cpu_count() or 1))
-    return _native.load_extension("_emu", build / f"_emu{EXTENSION_SUFFIXES[0]}")
+        _build_step("--build", str(build), "--target", target, "--parallel", str(os.cpu_count() or 1))
+    return build
+
+
+@cache
+def _emulator(checked: bool) -> ModuleType:
+    return _native.load_extension("_emu", build_emulator(checked) / f"_emu{EXTENSION_SUFFIXES[0]}")
 
 
 def _build_step(*arguments: str) -> None:
