@@ -19,11 +19,13 @@ Rules, all of them:
              others are shared out by weight (largest remainder), every source of weight > 0 at least one row.
   mixing     anchor rows are spread by error diffusion: in any prefix of a phase they are within one row of the
              share. The other sources are spread over the remaining places in the same way.
-  order      permutes the rows that are no anchor rows: "reversed" runs phases, and rows within them, backwards,
-             but leaves a pinned phase (a base) as and where it was written; a tuple of phase names runs the
-             phases in that order.
-  anchor     the anchor's rows come in the same sequence whatever the order: the k-th anchor row of length L is
-             the same row in every order. Their number belongs to the phase.
+  position   a run's tokens are divided into steps as the phases are written, whatever `order` says (Plan.steps):
+             learning rate, warm-up and batch size belong to a step's number.
+  order      permutes the rows that are no anchor rows, and nothing else: "reversed" runs phases, and rows within
+             them, backwards; "shuffled" is a seeded permutation over all phases; both leave a pinned phase (a base)
+             as and where it was written; a tuple of phase names runs the phases in that order.
+  anchor     the anchor's rows, their sequence and their places belong to positions: in every order the k-th anchor
+             row is the same, and comes after as many tokens as in the written one, to within one row.
 """
 
 from __future__ import annotations
@@ -33,85 +35,16 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from .data import Corpus
+from .corpus import Corpus
+from .order import mix, order_rows
+from .phases import Curriculum, Phase
 from .plan import Batch, Int64s, Plan, Step
 
 __all__ = ["Batch", "Curriculum", "Phase", "Plan", "Step", "build_plan"]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """sources: weight of each "corpus" or "corpus/source" among the rows that are no anchor rows; 0: not used.
-    tokens: the phase's loss-bearing tokens, the anchor's included. max_epochs: refuse a plan in which one of
-    this phase's sources has been read more often than this by the phase's end (None: no limit)."""
-
-    name: str
-    sources: dict[str, float]
-    tokens: int
-    seq_len: int
-    anchor_share: float = 0.0
-    max_epochs: float | None = None
-    pinned: bool = False
-
-    def __post_init__(self) -> None:
-        where = f"Phase: {self.name!r}"
-        if not self.name:
-            raise ValueError("Phase: name must not be empty, got ''")
-        if self.seq_len < 1:
-            raise ValueError(f"{where} seq_len must be at least 1, got {self.seq_len}")
-        if self.tokens < self.seq_len:
-            raise ValueError(f"{where} tokens must be at least seq_len = {self.seq_len}, got {self.tokens}")
-        if not 0 <= self.anchor_share < 1:
-            raise ValueError(f"{where} anchor_share must be in [0, 1), got {self.anchor_share}")
-        if self.max_epochs is not None and not self.max_epochs > 0:
-            raise ValueError(f"{where} max_epochs must be above 0, got {self.max_epochs}")
-        _check_weights(f"{where} sources", self.sources)
-
-
-@dataclass(frozen=True)
-class Curriculum:
-    """anchor: weights like a phase's sources. order: "easy_to_hard" (as written), "reversed", or phase names."""
-
-    phases: tuple[Phase, ...]
-    anchor: dict[str, float] = field(default_factory=dict)
-    order: str | tuple[str, ...] = "easy_to_hard"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        names = [phase.name for phase in self.phases]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"Curriculum: phases must be at least one, with different names, got {names}")
-        if any(phase.anchor_share for phase in self.phases):
-            _check_weights("Curriculum: anchor", self.anchor)
-        if isinstance(self.order, str):
-            if self.order not in ("easy_to_hard", "reversed"):
-                raise ValueError(
-                    'Curriculum: order must be "easy_to_hard", "reversed" or a tuple of phase names, '
-                    f"got {self.order!r}"
-                )
-        elif sorted(self.order) != sorted(names):
-            raise ValueError(f"Curriculum: order must name each of {names} once, got {list(self.order)}")
-
-    def phase_order(self) -> list[int]:
-        """Indices of the phases in the order they run; pinned phases keep their place."""
-        if isinstance(self.order, str):
-            free = [i for i, phase in enumerate(self.phases) if not phase.pinned]
-            moved = iter(free if self.order == "easy_to_hard" else free[::-1])
-            return [i if phase.pinned else next(moved) for i, phase in enumerate(self.phases)]
-        return [[phase.name for phase in self.phases].index(name) for name in self.order]
-
-
-def _check_weights(what: str, weights: Mapping[str, float]) -> None:
-    if not all(math.isfinite(w) and w >= 0 for w in weights.values()) or not sum(weights.values()) > 0:
-        raise ValueError(f"{what} must have finite weights >= 0, one of them above 0, got {dict(weights)}")
-    for name in weights:
-        if "/" in name and name.split("/", 1)[0] in weights:
-            raise ValueError(f"{what} must not name a corpus and one of its sources, got {sorted(weights)}")
 
 
 class _Stream:
@@ -131,7 +64,7 @@ class _Stream:
         """The permutation of one epoch: positions in `_documents`."""
         text = json.dumps([self._seed, self.role, self.name, epoch])
         key = np.uint64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
-        return np.argsort(_mix(self._documents.astype(np.uint64) ^ key), kind="stable")
+        return np.argsort(mix(self._documents.astype(np.uint64) ^ key), kind="stable")
 
     def take(self, rows: int, seq_len: int) -> tuple[Int64s, Int64s, Int64s, Int64s]:
         """Segments of the next rows: (row from 0, document, first input token, pairs)."""
@@ -161,14 +94,6 @@ def _documents(corpora: Mapping[str, Corpus], name: str) -> tuple[int, Int64s, I
         usable &= corpus.source_ids == corpus.sources.index(source)
     documents: Int64s = np.flatnonzero(usable)
     return list(corpora).index(corpus_name), documents, pairs[documents]
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """A 64-bit bijection that scatters counters (splitmix64): the same on every machine and numpy version."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _share_out(rows: int, weights: Mapping[str, float]) -> dict[str, int]:
@@ -228,7 +153,7 @@ class _Cutter:
         self.curriculum, self.corpora, self.sources = curriculum, corpora, sources
         self.table = _Table()
         self.streams: dict[tuple[str, str], _Stream] = {}
-        self.num_rows = [phase.tokens // phase.seq_len for phase in curriculum.phases]
+        self.num_rows = [phase.num_rows for phase in curriculum.phases]
         self.num_anchors = [
             math.floor(phase.anchor_share * rows + 0.5)
             for phase, rows in zip(curriculum.phases, self.num_rows, strict=True)
@@ -293,13 +218,12 @@ class _Cutter:
         return numbers
 
     def place(self, i: int) -> tuple[Int64s, npt.NDArray[np.bool_]]:
-        """(row numbers of phase i in the order they run, which are anchor rows); takes the next anchor rows."""
-        phase = self.curriculum.phases[i]
+        """(row numbers of phase i as written, which are anchor rows); takes the next anchor rows."""
         is_anchor = _anchor_places(self.num_rows[i], self.num_anchors[i])
-        backwards = self.curriculum.order == "reversed" and not phase.pinned
         rows = np.empty(self.num_rows[i], np.int64)
-        rows[~is_anchor] = self.own_rows[i][::-1] if backwards else self.own_rows[i]
-        rows[is_anchor] = list(itertools.islice(self.anchor_rows[phase.seq_len], self.num_anchors[i]))
+        rows[~is_anchor] = self.own_rows[i]
+        seq_len = self.curriculum.phases[i].seq_len
+        rows[is_anchor] = list(itertools.islice(self.anchor_rows[seq_len], self.num_anchors[i]))
         return rows, is_anchor
 
 
@@ -316,22 +240,18 @@ def build_plan(curriculum: Curriculum, corpora: Mapping[str, Corpus]) -> Plan:
     sources = list(dict.fromkeys(name for group in groups for name, weight in group.items() if weight > 0))
     used = _used_corpora(sources, corpora)
     cutter = _Cutter(curriculum, used, sources)
-    run_order = curriculum.phase_order()
-    rows, is_anchor = zip(*(cutter.place(i) for i in run_order), strict=True)
-    ends = np.cumsum([len(block) for block in rows]).tolist()
-    blocks = [
-        (curriculum.phases[i], range(end - len(block), end))
-        for i, block, end in zip(run_order, rows, ends, strict=True)
-    ]
-    row_source, row_segments, segments = cutter.table.permuted(np.concatenate(rows))
+    written, is_anchor = zip(*(cutter.place(i) for i in range(len(curriculum.phases))), strict=True)
+    ordered = order_rows(curriculum, list(written), list(is_anchor))
+    row_source, row_segments, segments = cutter.table.permuted(ordered.rows)
     epoch_tokens = {name: stream.pairs_per_epoch for (_, name), stream in cutter.streams.items()}
     return Plan(
         curriculum,
         used,
         sources,
-        blocks,
+        ordered.blocks,
         row_source,
-        np.concatenate(is_anchor),
+        ordered.phase,
+        ordered.is_anchor,
         row_segments,
         segments,
         epoch_tokens,

@@ -19,23 +19,30 @@ if TYPE_CHECKING:
     from .curriculum import Curriculum, Phase
 
 Int64s = npt.NDArray[np.int64]
-PLAN_VERSION = 1  # in the hash: raise it when the meaning of the table changes
+PLAN_VERSION = 2  # in the hash: raise it when the meaning of the table changes
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: `rows` of one phase."""
+    """One optimizer step.
+
+    phase: the block (Plan.blocks) that its first row is in. rows: what it reads. position: index of the phase, as
+    written, that this step's learning rate and batch size come from. batch_tokens: that batch size; the rows hold
+    it to within one row of each end.
+    """
 
     index: int
     phase: str
-    seq_len: int
     rows: range
+    position: int
+    batch_tokens: int
 
-    def micro(self, rows_at_once: int) -> list[range]:
-        """`rows` in pieces of at most this many."""
-        if rows_at_once < 1:
-            raise ValueError(f"Step.micro: rows_at_once must be at least 1, got {rows_at_once}")
-        return [self.rows[i : i + rows_at_once] for i in range(0, len(self.rows), rows_at_once)]
+
+def rank_rows(rows: range, rank: int, world_size: int) -> range:
+    """The rows of one step that this rank reads: runs of nearly equal length, which in rank order are `rows`."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank_rows: rank must be in [0, world_size = {world_size}), got {rank}")
+    return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,9 @@ class Batch:
 class Plan:
     """The rows of a run, in order.
 
-    row_source, row_is_anchor: (rows,). row_segments: (rows + 1,), where each row's segments begin. segments: (., 4)
-    int64: corpus, document, first input token, pairs. blocks: the phases and their rows, as they run.
+    row_source, row_phase (index of the phase it was written for), row_is_anchor: (rows,). row_segments: (rows + 1,),
+    where each row's segments begin. segments: (., 4) int64: corpus, document, first input token, pairs. blocks: the
+    phases and their rows, as they run; in order "shuffled" the places of the phases, named shuffled-0 and so on.
     epoch_tokens: pairs in one epoch of each of `sources`.
     """
 
@@ -70,6 +78,7 @@ class Plan:
     sources: list[str]
     blocks: list[tuple[Phase, range]]
     row_source: Int64s
+    row_phase: Int64s
     row_is_anchor: npt.NDArray[np.bool_]
     row_segments: Int64s
     segments: Int64s
@@ -85,6 +94,14 @@ class Plan:
         return int(self.segments[:, 3].sum())
 
     @functools.cached_property
+    def row_tokens(self) -> Int64s:
+        """Loss-bearing tokens of each row."""
+        return np.add.reduceat(self.segments[:, 3], self.row_segments[:-1])
+
+    def tokens_in(self, rows: range) -> int:
+        return int(self.row_tokens[rows.start : rows.stop].sum())
+
+    @functools.cached_property
     def hash(self) -> str:
         """sha256 of the table and the corpora: two runs with one hash read the same tokens in the same order."""
         blocks = [[phase.name, phase.seq_len, len(rows)] for phase, rows in self.blocks]
@@ -97,31 +114,78 @@ class Plan:
     def rows_hash(self) -> str:
         """Like `hash`, but of the rows as a multiset: the same for every `order`."""
         digests = []
-        for phase, rows in self.blocks:
-            for row in rows:
-                role = "anchor" if self.row_is_anchor[row] else phase.name
-                head = json.dumps([role, self.sources[self.row_source[row]]])
-                table = self.segments[self.row_segments[row] : self.row_segments[row + 1]]
-                digests.append(hashlib.sha256(head.encode() + table.astype("<i8").tobytes()).digest())
+        names = [phase.name for phase in self.curriculum.phases]
+        for row in range(self.num_rows):
+            role = "anchor" if self.row_is_anchor[row] else names[self.row_phase[row]]
+            digests.append(self._row_digest(row, role))
         head = json.dumps([PLAN_VERSION, self._corpora()])
         return hashlib.sha256(head.encode() + b"".join(sorted(digests))).hexdigest()
+
+    @functools.cached_property
+    def anchor_hash(self) -> str:
+        """Of the anchor's rows in their sequence: the same for every `order`."""
+        rows = np.flatnonzero(self.row_is_anchor).tolist()
+        return hashlib.sha256(b"".join(self._row_digest(row, "anchor") for row in rows)).hexdigest()
+
+    def _row_digest(self, row: int, role: str) -> bytes:
+        head = json.dumps([role, self.sources[self.row_source[row]]])
+        table = self.segments[self.row_segments[row] : self.row_segments[row + 1]]
+        return hashlib.sha256(head.encode() + table.astype("<i8").tobytes()).digest()
 
     def _corpora(self) -> list[list[str]]:
         return [[name, corpus.fingerprint] for name, corpus in self.corpora.items()]
 
     def steps(self, tokens_per_batch: int) -> list[Step]:
-        """Each phase's rows by tokens_per_batch // seq_len; its last step takes what is left."""
+        """The run's steps: as many, and of the same batch sizes to within a row, for every order.
+
+        A phase as written, at its place, is cut after every batch_tokens // seq_len rows; what is left at its end
+        (or at the end of a batch size of its ramp) is a step, or joins the step before if it is shorter than the
+        run's longest row. A step takes the rows that begin within its tokens.
+        """
+        cuts: list[tuple[int, int, int]] = []  # (end token, phase, batch size)
+        longest, begin = max(phase.seq_len for phase in self.curriculum.phases), 0
+        for i, phase in enumerate(self.curriculum.phases):
+            ramp = phase.ramp(tokens_per_batch)
+            for k, batch_tokens in enumerate(ramp):
+                size = batch_tokens // phase.seq_len
+                if size < 1:
+                    raise ValueError(
+                        f"Plan.steps: tokens_per_batch must be at least the seq_len {phase.seq_len} of phase "
+                        f"{phase.name!r}, got {batch_tokens}"
+                    )
+                rows = phase.num_rows * (k + 1) // len(ramp) - phase.num_rows * k // len(ramp)
+                ends = [*range(size, rows, size), rows] if rows else []
+                if len(ends) > 1 and (ends[-1] - ends[-2]) * phase.seq_len < longest:
+                    del ends[-2]
+                cuts += [(begin + end * phase.seq_len, i, batch_tokens) for end in ends]
+                begin += rows * phase.seq_len
+        begins = np.cumsum(self.row_tokens) - self.row_tokens
+        stops = np.searchsorted(begins, [end for end, _, _ in cuts]).tolist()
+        names = np.repeat([phase.name for phase, _ in self.blocks], [len(rows) for _, rows in self.blocks])
         steps: list[Step] = []
-        for phase, rows in self.blocks:
-            size = tokens_per_batch // phase.seq_len
-            if size < 1:
+        for start, stop, (_, position, batch_tokens) in zip([0, *stops[:-1]], stops, cuts, strict=True):
+            if start == stop:
                 raise ValueError(
-                    f"Plan.steps: tokens_per_batch must be at least the seq_len {phase.seq_len} of phase "
-                    f"{phase.name!r}, got {tokens_per_batch}"
+                    f"Plan.steps: every step must hold a row, got none in step {len(steps)} (written for phase "
+                    f"{self.curriculum.phases[position].name!r}) with rows of up to {longest} tokens there in this "
+                    "order; raise that phase's tokens or the batch"
                 )
-            for i in range(0, len(rows), size):
-                steps.append(Step(len(steps), phase.name, phase.seq_len, rows[i : i + size]))
+            steps.append(Step(len(steps), str(names[start]), range(start, stop), position, batch_tokens))
         return steps
+
+    def microbatches(self, rows: range, tokens: int) -> list[range]:
+        """`rows` in runs of at most this many tokens."""
+        pieces: list[range] = []
+        start, held = rows.start, 0
+        for row in rows:
+            length = int(self.row_tokens[row])
+            if length > tokens:
+                raise ValueError(f"Plan.microbatches: tokens must be at least a row's {length}, got {tokens}")
+            if held + length > tokens:
+                pieces.append(range(start, row))
+                start, held = row, 0
+            held += length
+        return [*pieces, range(start, rows.stop)] if rows else []
 
     def batch(self, rows: range) -> Batch:
         """The tokens of these rows; a pure function, so a batch may be cut into micro-batches or ranks by rows."""
@@ -154,10 +218,9 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """Rows, (loss-bearing) tokens, anchor share, epochs, by phase as they run and by source; ready for JSON."""
-        row_tokens = np.add.reduceat(self.segments[:, 3], self.row_segments[:-1])
 
         def count(mask: npt.NDArray[np.bool_]) -> dict[str, int]:
-            return {"rows": int(mask.sum()), "tokens": int(row_tokens[mask].sum())}
+            return {"rows": int(mask.sum()), "tokens": int(self.row_tokens[mask].sum())}
 
         phases = []
         for phase, rows in self.blocks:
@@ -165,41 +228,46 @@ class Plan:
             inside[rows.start : rows.stop] = True
             anchor = count(inside & self.row_is_anchor)
             by_source = {
-                name: count(inside & ~self.row_is_anchor & (self.row_source == number))
+                name: told
                 for number, name in enumerate(self.sources)
-                if phase.sources.get(name)
+                if (told := count(inside & ~self.row_is_anchor & (self.row_source == number)))["rows"]
             }
             phases.append(
                 {
                     "name": phase.name,
                     "seq_len": phase.seq_len,
                     **count(inside),
-                    "anchor_share_asked": phase.anchor_share,
+                    "documents": self._documents(inside),
                     "anchor_share": anchor["tokens"] / count(inside)["tokens"],
                     "anchor": anchor,
                     "sources": by_source,
                 }
             )
         sources = []
-        segment_row = np.repeat(np.arange(self.num_rows), np.diff(self.row_segments))
         for number, is_anchor in itertools.product(range(len(self.sources)), (False, True)):
             mask = (self.row_source == number) & (self.row_is_anchor == is_anchor)
             if mask.any():
-                documents = np.unique(self.segments[mask[segment_row], 1])
                 sources.append(
                     {
                         "name": self.sources[number],
                         "anchor": is_anchor,
                         **count(mask),
-                        "documents": len(documents),
+                        "documents": self._documents(mask),
                         "epochs": count(mask)["tokens"] / self.epoch_tokens[self.sources[number]],
                     }
                 )
         return {
             "hash": self.hash,
+            "rows_hash": self.rows_hash,
+            "anchor_hash": self.anchor_hash,
             "order": self.curriculum.order,
             **count(np.ones(self.num_rows, bool)),
             "anchor_tokens": count(self.row_is_anchor)["tokens"],
             "phases": phases,
             "sources": sources,
         }
+
+    def _documents(self, mask: npt.NDArray[np.bool_]) -> int:
+        """Different documents in the rows of this mask."""
+        picked = self.segments[np.repeat(mask, np.diff(self.row_segments)), :2]
+        return len(np.unique(picked, axis=0))

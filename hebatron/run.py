@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 import os
 import shutil
@@ -45,12 +43,6 @@ class Run:
     @property
     def total(self) -> int:
         return len(self.steps)
-
-    @functools.cached_property
-    def phase_starts(self) -> list[int]:
-        """First step of each phase."""
-        pairs = enumerate(itertools.pairwise(self.steps), 1)
-        return [0, *(i for i, (before, step) in pairs if before.phase != step.phase)]
 
     @property
     def checkpoints(self) -> Path:
@@ -188,7 +180,7 @@ def resume(run: Run, force: bool) -> list[str]:
 def headline(run: Run) -> str:
     """Size of the run in three numbers."""
     parameters = sum(p.numel() for p in run.model.parameters())
-    phases = ", ".join(f"{phase.name} {len(rows) * phase.seq_len:,}" for phase, rows in run.plan.blocks)
+    phases = ", ".join(f"{phase.name} {run.plan.tokens_in(rows):,}" for phase, rows in run.plan.blocks)
     return (
         f"{parameters:,} parameters; {run.plan.num_tokens:,} tokens ({phases}) in {run.total} steps; "
         f"plan {run.plan.hash:.12}"

@@ -131,7 +131,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[Phase, ...] = _checked((), "not empty")
     anchor: dict[str, float] = field(default_factory=dict)  # source weights of the anchor stream
-    order: str | tuple[str, ...] = "easy_to_hard"  # or "reversed", or phase names
+    order: str | tuple[str, ...] = "forward"  # "reversed", "shuffled" or phase names
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -281,7 +281,8 @@ def check_run_config(config: RunConfig) -> None:
         _check_sources(phase.sources, names, f"phases[{i}].sources")
         if phase.anchor_share > 0 and not config.anchor:
             raise ValueError(f"phases[{i}].anchor_share must be 0 without [anchor], got {phase.anchor_share}")
-        limit = min(config.training.tokens_per_microbatch, config.training.tokens_per_batch)
+        batch = min(phase.ramp(config.training.tokens_per_batch))
+        limit = min(config.training.tokens_per_microbatch, batch)
         if phase.seq_len > limit:
             raise ValueError(
                 f"phases[{i}].seq_len must be at most training.tokens_per_microbatch and tokens_per_batch, "

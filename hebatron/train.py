@@ -30,8 +30,8 @@ from .evaluate import bits_per_byte
 from .files import fsync
 from .metrics import METRICS, MetricsWriter, Record, Reporter, make_reporter, router_load
 from .model import RouterStats
-from .optim import clip_gradients, learning_rate, set_learning_rate
-from .plan import Step
+from .optim import clip_gradients, set_learning_rate, step_learning_rate
+from .plan import Step, rank_rows
 from .run import Run, headline, open_run, resume, save_tokenizer, write_config
 from .runconfig import RunConfig, check_run_config, config_hash, describe, to_table
 
@@ -134,12 +134,14 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
     """One optimizer step. Returns its record and the tokens per expert of each MoE layer."""
     config, step = run.config, run.steps[run.step]
     settings, device = config.training, run.model.device
-    peak = config.optimizer.learning_rate
-    lr = learning_rate(run.step, run.total, config.schedule, peak, run.phase_starts)
+    lr = step_learning_rate(config, run.steps, run.step)
     set_learning_rate(run.optimizer, lr)
     run.optimizer.zero_grad(set_to_none=True)
 
-    batches = [run.plan.batch(rows) for rows in step.micro(settings.tokens_per_microbatch // step.seq_len)]
+    mine = rank_rows(
+        step.rows, rank=0, world_size=1
+    )  # one process today; see parallel in docs/architecture.md
+    batches = [run.plan.batch(rows) for rows in run.plan.microbatches(mine, settings.tokens_per_microbatch)]
     # Both sums are divided by what the whole step holds, never by a microbatch's share: k microbatches then give
     # the gradient of one, however the loss-bearing tokens fall into them.
     tokens = sum(batch.input_ids.numel() for batch in batches)
@@ -182,7 +184,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
         "grad_norm": None if skipped else grad_norm,
         "tokens": tokens,
         "loss_tokens": loss_tokens,
-        "anchor_tokens": sum(int(batch.is_anchor.sum()) for batch in batches) * step.seq_len,
+        "anchor_tokens": sum(int(batch.row_starts.diff()[batch.is_anchor].sum()) for batch in batches),
         "skipped": skipped,
         "router": [router_load(counts) for counts in routers.counts],
     }

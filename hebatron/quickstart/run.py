@@ -22,7 +22,8 @@ from hebatron.corpus import Corpus
 from hebatron.curriculum import build_plan
 from hebatron.data import prepare
 from hebatron.doctor import examine
-from hebatron.metrics import LiveReporter, PlainReporter, Record, Reporter, plot, read_metrics
+from hebatron.figures import plot
+from hebatron.metrics import LiveReporter, PlainReporter, Record, Reporter, read_metrics
 from hebatron.model import Hebatron
 from hebatron.quickstart import corpus as texts
 from hebatron.quickstart.checks import check_export, check_resume, check_speed
@@ -237,7 +238,7 @@ def plan_rows(config: RunConfig) -> tuple[list[PhaseRow], int]:
         PhaseRow(
             phase.name,
             ", ".join(f"{name.split('/')[-1]} {weight:g}" for name, weight in phase.sources.items()),
-            len(span) * phase.seq_len,
+            plan.tokens_in(span),
             steps[phase.name],
             phase.seq_len,
             float(plan.row_is_anchor[span.start : span.stop].mean()),

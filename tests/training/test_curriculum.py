@@ -18,6 +18,7 @@ import torch
 from hebatron.corpus import DOCUMENT
 from hebatron.curriculum import Curriculum, Phase, Plan, build_plan
 from hebatron.data import Corpus, prepare
+from hebatron.plan import rank_rows
 from hebatron.tokenizer import Tokenizer
 
 SOURCES = {
@@ -58,7 +59,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Corpus]:
 
 
 def three_phases(
-    order: Any = "easy_to_hard", shares: Sequence[float] = (0.3, 0.2, 0.1), **changes: Any
+    order: Any = "forward", shares: Sequence[float] = (0.3, 0.2, 0.1), **changes: Any
 ) -> Curriculum:
     phases = (
         Phase("base", {"base": 1}, tokens=320, seq_len=32, pinned=True),
@@ -69,7 +70,14 @@ def three_phases(
     return Curriculum(phases, {"base/english": 3, "base/code": 1}, order, **changes)
 
 
-ORDERS = ["easy_to_hard", "reversed", ("base", "mixed", "long", "easy"), ("long", "base", "easy", "mixed")]
+ORDERS = [
+    "forward",
+    "easy_to_hard",
+    "reversed",
+    "shuffled",
+    ("base", "mixed", "long", "easy"),
+    ("long", "base", "easy", "mixed"),
+]
 
 
 def row_table(plan: Plan, row: int) -> list[tuple[int, ...]]:
@@ -185,17 +193,70 @@ def test_plan_batch_fields(corpora: dict[str, Corpus]) -> None:
             assert torch.equal(part.input_ids, expected)
 
 
-def test_plan_steps_cover_all_rows_in_order(corpora: dict[str, Corpus]) -> None:
-    plan = build_plan(three_phases("reversed"), corpora)
-    steps = plan.steps(170)
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("ramp", [None, 320, (96, 170, 320)], ids=str)
+def test_plan_steps_keep_their_positions_in_every_order(
+    corpora: dict[str, Corpus], order: Any, ramp: Any
+) -> None:
+    written = change_phase(2, batch_tokens=ramp)(three_phases())
+    plain = build_plan(written, corpora)
+    plan = build_plan(dataclasses.replace(written, order=order), corpora)
+    steps, expected = plan.steps(170), plain.steps(170)
     assert [row for step in steps for row in step.rows] == list(range(plan.num_rows))
-    assert [step.index for step in steps] == list(range(len(steps)))
-    assert list(dict.fromkeys(step.phase for step in steps)) == ["base", "long", "mixed", "easy"]
-    for step, after in itertools.pairwise(steps):
-        assert len(step.rows) == 170 // step.seq_len or after.phase != step.phase
-    assert [list(piece) for piece in steps[0].micro(2)] == [[0, 1], [2, 3], [4]]
-    with pytest.raises(ValueError, match=r"Step\.micro: rows_at_once must be at least 1, got 0"):
-        steps[0].micro(0)
+    assert [(s.index, s.position, s.batch_tokens) for s in steps] == [
+        (s.index, s.position, s.batch_tokens) for s in expected
+    ]
+    ends, expected_ends = (
+        np.cumsum([p.tokens_in(s.rows) for s in some]) for p, some in ((plan, steps), (plain, expected))
+    )
+    longest = 80
+    assert np.abs(ends - expected_ends).max() < longest
+    for step, after in itertools.pairwise(expected):
+        phase = plain.curriculum.phases[step.position]
+        full = step.batch_tokens // phase.seq_len
+        ends_stage = (after.position, after.batch_tokens) != (step.position, step.batch_tokens)
+        assert len(step.rows) == full or (
+            ends_stage and len(step.rows) * phase.seq_len < full * phase.seq_len + longest
+        )
+    if isinstance(ramp, tuple):
+        tokens = [
+            sum(plain.tokens_in(s.rows) for s in expected if s.batch_tokens == b and s.position == 2)
+            for b in ramp
+        ]
+        assert tokens == [20 * 32, 21 * 32, 21 * 32]
+
+
+def test_plan_steps_refuse_a_step_without_a_row(corpora: dict[str, Corpus]) -> None:
+    phases = (Phase("b", {"easy": 1}, 200, 100), Phase("a", {"easy": 1}, 20, 10))
+    assert len(build_plan(Curriculum(phases), corpora).steps(100)) == 3
+    with pytest.raises(ValueError, match=r"every step must hold a row, got none in step 2 .*phase 'a'"):
+        build_plan(Curriculum(phases, order="reversed"), corpora).steps(100)
+
+
+@pytest.mark.parametrize("order", ["forward", "reversed", "shuffled"])
+def test_rank_rows_of_any_world_size_are_the_ordered_batch(corpora: dict[str, Corpus], order: str) -> None:
+    plan = build_plan(three_phases(order), corpora)
+    for step in plan.steps(300):
+        whole = plan.batch(step.rows)
+        for world_size in (1, 2, 3, 5, 8, 64):  # more ranks than rows as well
+            shares = [rank_rows(step.rows, rank, world_size) for rank in range(world_size)]
+            assert [row for share in shares for row in share] == list(step.rows)
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            parts = [plan.batch(share) for share in shares if share]
+            for name in ("input_ids", "labels", "is_anchor", "source"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+            for share in shares:
+                pieces = plan.microbatches(share, 100)
+                assert [row for piece in pieces for row in piece] == list(share)
+                assert all(plan.tokens_in(piece) <= 100 for piece in pieces)
+    with pytest.raises(ValueError, match=r"rank_rows: rank must be in \[0, world_size = 2\), got 2"):
+        rank_rows(range(4), 2, 2)
+    with pytest.raises(ValueError, match=r"Plan.microbatches: tokens must be at least a row's \d+, got 8"):
+        plan.microbatches(range(4), 8)
+
+
+def test_plan_errors_of_steps_and_batches(corpora: dict[str, Corpus]) -> None:
+    plan = build_plan(three_phases("reversed"), corpora)
     with pytest.raises(
         ValueError, match=r"tokens_per_batch must be at least the seq_len 80 of phase 'long', got 79"
     ):
@@ -220,12 +281,17 @@ def test_plan_every_prefix_keeps_the_anchor_share(
     curriculum = three_phases(order, shares)
     long = dataclasses.replace(curriculum.phases[3], tokens=80 * 1000)
     plan = build_plan(dataclasses.replace(curriculum, phases=(*curriculum.phases[:3], long)), corpora)
-    for phase, rows in plan.blocks:
-        anchor = np.cumsum(plan.row_is_anchor[rows.start : rows.stop]) * phase.seq_len
-        tokens = np.arange(1, len(rows) + 1) * phase.seq_len
-        allowed = np.maximum(0.005 * tokens, phase.seq_len)
-        assert (np.abs(anchor - phase.anchor_share * tokens) <= allowed).all()
-        assert abs(anchor[-1] - phase.anchor_share * tokens[-1]) <= phase.seq_len / 2
+    anchor, tokens = np.cumsum(plan.row_is_anchor * plan.row_tokens), np.cumsum(plan.row_tokens)
+    ends = np.cumsum([phase.num_rows * phase.seq_len for phase in plan.curriculum.phases])
+    begins = np.concatenate([[0], ends[:-1]])
+    inside = [np.clip(tokens - begin, 0, end - begin) for begin, end in zip(begins, ends, strict=True)]
+    exact = sum(np.outer([phase.anchor_share for phase in plan.curriculum.phases], 1.0) * np.stack(inside))
+    longest = 80  # the others' rows are that long, so an anchor row may come that late
+    assert (np.abs(anchor - exact) <= np.maximum(0.005 * tokens, longest)).all()
+    for end in ends[:-1] if order == "forward" else []:
+        at = int(np.searchsorted(tokens, end))
+        assert tokens[at] == end and abs(anchor[at] - exact[at]) <= 3 * 80 / 2
+    assert abs(anchor[-1] - exact[-1]) <= 3 * longest / 2
 
 
 def test_plan_every_prefix_keeps_the_sources_weights(corpora: dict[str, Corpus]) -> None:
@@ -240,14 +306,14 @@ def test_plan_every_prefix_keeps_the_sources_weights(corpora: dict[str, Corpus])
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_plan_anchor_rows_come_in_one_sequence(corpora: dict[str, Corpus], order: Any) -> None:
-    def anchor_rows(plan: Plan, seq_len: int) -> list[Any]:
-        blocks = [rows for phase, rows in plan.blocks if phase.seq_len == seq_len]
-        return [row_table(plan, row) for rows in blocks for row in rows if plan.row_is_anchor[row]]
+    def anchor_rows(plan: Plan) -> list[Any]:
+        return [row_table(plan, row) for row in range(plan.num_rows) if plan.row_is_anchor[row]]
 
     plain, other = build_plan(three_phases(), corpora), build_plan(three_phases(order), corpora)
-    assert len(anchor_rows(plain, 32)) == 9 + 12 and len(anchor_rows(plain, 80)) == 4
-    for seq_len in (32, 80):
-        assert anchor_rows(plain, seq_len) == anchor_rows(other, seq_len)
+    assert len(anchor_rows(plain)) == 9 + 12 + 4
+    assert anchor_rows(plain) == anchor_rows(other) and plain.anchor_hash == other.anchor_hash
+    began = [(np.cumsum(p.row_tokens) - p.row_tokens)[p.row_is_anchor] for p in (plain, other)]
+    assert np.abs(began[0] - began[1]).max() < 80  # the same global place, to within a row
 
 
 # ------------------------------------------------------------------------------------------------ order, hash
@@ -265,8 +331,20 @@ def test_plan_order_permutes_rows_and_nothing_else(corpora: dict[str, Corpus], o
 
     assert rows(plain) == rows(other)
     assert plain.rows_hash == other.rows_hash
-    assert (plain.hash == other.hash) == (order == "easy_to_hard")
-    assert {p.name: len(r) for p, r in plain.blocks} == {p.name: len(r) for p, r in other.blocks}
+    assert (plain.hash == other.hash) == (order in ("forward", "easy_to_hard"))
+    own = [Counter(p.row_phase[~p.row_is_anchor].tolist()) for p in (plain, other)]
+    assert own[0] == own[1] and sum(len(rows) for _, rows in other.blocks) == other.num_rows
+
+
+def test_plan_shuffled_is_seeded_mixes_phases_and_leaves_a_pinned_one(corpora: dict[str, Corpus]) -> None:
+    plain, one = build_plan(three_phases(), corpora), build_plan(three_phases("shuffled"), corpora)
+    assert one.hash == build_plan(three_phases("shuffled"), corpora).hash
+    assert build_plan(three_phases("shuffled", seed=1), corpora).hash != one.hash
+    base = plain.blocks[0][1]
+    assert [row_table(one, row) for row in base] == [row_table(plain, row) for row in base]
+    assert [phase.name for phase, _ in one.blocks] == ["base", "shuffled-1", "shuffled-2", "shuffled-3"]
+    for _, rows in one.blocks[2:]:
+        assert set(one.row_phase[rows.start : rows.stop].tolist()) == {1, 2, 3}
 
 
 def test_plan_reversed_runs_own_rows_backwards_but_not_a_pinned_phase(corpora: dict[str, Corpus]) -> None:
@@ -335,8 +413,8 @@ def test_plan_seed_changes_epochs_and_epochs_differ(corpora: dict[str, Corpus]) 
     assert len(set(orders)) == 6
 
 
-RECORDED_HASH = "6c3d4369b3a93de235b17a022d4913f0bd2cf7c1293c6f487472e3ea04237ec6"
-RECORDED_ROWS_HASH = "e21eb79ed76e19c8b7490e9ecd62a775c841fd6879886699a7961892de3bd889"
+RECORDED_HASH = "39d05bbdc6468d620f3cc82c6070685d64575882abf8f1783b61b1ab67694524"
+RECORDED_ROWS_HASH = "3c8c32f5ae197ecc63ce96a50584ebc0f348c16a2085fabf87891dc0f5299be1"
 
 
 def test_plan_hash_is_the_recorded_one(corpora: dict[str, Corpus]) -> None:
@@ -378,6 +456,10 @@ def test_phase_and_curriculum_errors() -> None:
         ({"anchor_share": 1.0}, r"Phase: 'p' anchor_share must be in \[0, 1\), got 1.0"),
         ({"anchor_share": math.nan}, r"Phase: 'p' anchor_share must be in \[0, 1\), got nan"),
         ({"max_epochs": 0.0}, "Phase: 'p' max_epochs must be above 0, got 0.0"),
+        ({"learning_rate": 0.0}, "Phase: 'p' learning_rate must be above 0 and finite, got 0.0"),
+        ({"batch_tokens": 9}, "Phase: 'p' batch_tokens must be at least seq_len = 10, each, got 9"),
+        ({"batch_tokens": (10, 9)}, r"Phase: 'p' batch_tokens must be .*, got \(10, 9\)"),
+        ({"batch_tokens": ()}, r"Phase: 'p' batch_tokens must be .*, got \(\)"),
         ({"sources": {}}, "Phase: 'p' sources must have finite weights >= 0, one of them above 0, got {}"),
         ({"sources": {"a": 0.0}}, "Phase: 'p' sources must have finite weights"),
         ({"sources": {"a": -1.0, "b": 2.0}}, "Phase: 'p' sources must have finite weights"),
@@ -392,6 +474,7 @@ def test_phase_and_curriculum_errors() -> None:
         (((p, p),), r"phases must be at least one, with different names, got \['p', 'p'\]"),
         (((p, q),), "anchor must have finite weights >= 0, one of them above 0, got {}"),
         (((p,), {}, "hard_to_easy"), "order must be .* or a tuple of phase names, got 'hard_to_easy'"),
+        (((p,), {}, "shufled"), "order must be .*got 'shufled'; did you mean 'shuffled'"),
         (((p,), {}, ("p", "p")), r"order must name each of \['p'\] once, got \['p', 'p'\]"),
     ]:
         with pytest.raises(ValueError, match=f"Curriculum: {message}"):

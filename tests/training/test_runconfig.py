@@ -80,7 +80,7 @@ BAD = [
     ('name = "formal"', 'name = "base"', r"phases must be at least one, with different names"),
     ('name = "en"', 'name = "he"', r"data.corpora\[1\].name must be unique, got 'he' again"),
     ('name = "en"', 'name = "e/n"', r"data.corpora\[1\].name must be without '/'"),
-    ('order = "easy_to_hard"', 'order = "hard"', 'order must be "easy_to_hard", "reversed"'),
+    ('order = "easy_to_hard"', 'order = "hard"', 'order must be "forward", "reversed"'),
     ('order = "easy_to_hard"', 'order = ["base"]', r"order must name each of .* once, got \['base'\]"),
     ('preset = "tiny"', 'preset = "tiny"\npath = "x"', r"exactly one of preset, path, pattern, got"),
     ('preset = "tiny"', 'path = "x"', r"model.fields must be empty with model.path, got \['chunk_size'\]"),

@@ -1,9 +1,11 @@
 """One training step and the loop around it: accumulation, router, bad gradients, inputs, what a run leaves."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from toy import Silent, checkpoint_bits, state_bits, toy_config, toy_train, write_corpora
@@ -12,10 +14,10 @@ from hebatron.checkpoint import checkpoints, load_checkpoint, model_tensors
 from hebatron.curriculum import Phase
 from hebatron.metrics import read_metrics
 from hebatron.model import Hebatron
-from hebatron.optim import learning_rate
+from hebatron.optim import learning_rate, position_starts, step_learning_rate
 from hebatron.plan import Batch, Plan
 from hebatron.run import Run, open_run
-from hebatron.runconfig import CorpusConfig, ModelSection, RunConfig, load_run_config
+from hebatron.runconfig import CorpusConfig, ModelSection, RunConfig, ScheduleConfig, load_run_config
 from hebatron.tokenizer import load_tokenizer
 from hebatron.train import Diverged, evaluate_held_out, sample, train, train_step
 
@@ -100,10 +102,46 @@ def test_train_step_uses_the_schedule_of_its_position(root: Path, tmp_path: Path
     config = toy_config(root, tmp_path)
     toy_train(config)
     run = open_run(config)
-    assert run.phase_starts == [0, 4, 8]
+    assert position_starts(run.steps) == [(0, 0), (1, 4), (2, 8)]
     rates = [record["lr"] for record in read_metrics(tmp_path) if record["kind"] == "step"]
     peak = config.optimizer.learning_rate
-    assert rates == [learning_rate(step, 12, config.schedule, peak, run.phase_starts) for step in range(12)]
+    assert rates == [learning_rate(step, 12, config.schedule, peak, [0, 4, 8]) for step in range(12)]
+
+
+@pytest.mark.parametrize("order", ["reversed", "shuffled"])
+def test_order_changes_order_and_nothing_else_in_the_metrics(root: Path, tmp_path: Path, order: str) -> None:
+    records = []
+    for name in ("forward", order):
+        config = toy_config(root, tmp_path / name)
+        phases = (
+            replace(config.phases[0], pinned=True),
+            replace(config.phases[1], batch_tokens=(32, 128)),
+            config.phases[2],
+        )
+        toy_train(replace(config, phases=phases, order=name))
+        records.append([r for r in read_metrics(tmp_path / name) if r["kind"] == "step"])
+    assert [r["lr"] for r in records[0]] == [r["lr"] for r in records[1]]
+    ends = [np.cumsum([r["tokens"] for r in some]) for some in records]
+    anchors = [np.cumsum([r["anchor_tokens"] for r in some]) for some in records]
+    for pair in (ends, anchors):
+        assert pair[0][-1] == pair[1][-1] and np.abs(pair[0] - pair[1]).max() <= 32
+
+
+def test_step_learning_rate_follows_the_ramp_and_the_phases_own_schedule(root: Path, tmp_path: Path) -> None:
+    config = toy_config(root, tmp_path)
+    base, formal, long = config.phases
+    formal = replace(formal, batch_tokens=(32, 128))
+    long = replace(long, learning_rate=1e-2, batch_tokens=(32, 128), schedule="cosine")
+    config = replace(config, phases=(base, formal, long), schedule=ScheduleConfig("constant", warmup_steps=0))
+    steps = open_run(config).steps
+    assert [(s.position, s.batch_tokens) for s in steps] == [
+        *[(0, 64)] * 4, *[(1, 32)] * 4, (1, 128), *[(2, 32)] * 4, (2, 128)
+    ]  # fmt: skip
+    rates = [step_learning_rate(config, steps, step) for step in range(len(steps))]
+    assert rates[:4] == [3e-3] * 4
+    assert rates[4:9] == pytest.approx([*[3e-3 * math.sqrt(1 / 2)] * 4, 3e-3 * math.sqrt(2)])
+    shape = [learning_rate(i, 5, ScheduleConfig("cosine", warmup_steps=0), 1e-2) for i in range(5)]
+    assert rates[9:] == pytest.approx([*(rate / 2 for rate in shape[:4]), shape[4]])
 
 
 # ---------------------------------------------------------------- learning

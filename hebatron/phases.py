@@ -1,0 +1,116 @@
+"""What a curriculum is written as: phases, their sources, the anchor and the order (curriculum.py has the rules)."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+ORDERS = ("forward", "reversed", "shuffled")
+OLD_ORDERS = {"easy_to_hard": "forward"}  # names that older run files use
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase: what is read, and how the positions that it is written for are trained.
+
+    sources: weight of each "corpus" or "corpus/source" among the rows that are no anchor rows; 0: not used.
+    tokens: the phase's loss-bearing tokens, the anchor's included. max_epochs: refuse a plan in which one of
+    this phase's sources has been read more often than this by the phase's end, earlier phases included (None: no
+    limit). The others belong to the phase's place in the run, whatever `order` puts there:
+    anchor_share: of the tokens. batch_tokens: of one step, instead of training.tokens_per_batch; several are a
+    ramp, each for an equal share of the phase. learning_rate: the peak at the phase's last batch size, instead of
+    optimizer.learning_rate. schedule: this shape over the phase's own steps, with [schedule]'s warm-up, decay and
+    floor, instead of the run's."""
+
+    name: str
+    sources: dict[str, float]
+    tokens: int
+    seq_len: int
+    anchor_share: float = 0.0
+    max_epochs: float | None = None
+    pinned: bool = False
+    batch_tokens: int | tuple[int, ...] | None = None
+    learning_rate: float | None = None
+    schedule: Literal["wsd", "cosine", "constant"] | None = None
+
+    def __post_init__(self) -> None:
+        where = f"Phase: {self.name!r}"
+        if not self.name:
+            raise ValueError("Phase: name must not be empty, got ''")
+        if self.seq_len < 1:
+            raise ValueError(f"{where} seq_len must be at least 1, got {self.seq_len}")
+        if self.tokens < self.seq_len:
+            raise ValueError(f"{where} tokens must be at least seq_len = {self.seq_len}, got {self.tokens}")
+        if not 0 <= self.anchor_share < 1:
+            raise ValueError(f"{where} anchor_share must be in [0, 1), got {self.anchor_share}")
+        if self.max_epochs is not None and not self.max_epochs > 0:
+            raise ValueError(f"{where} max_epochs must be above 0, got {self.max_epochs}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"{where} learning_rate must be above 0 and finite, got {self.learning_rate}")
+        if self.batch_tokens == () or any(batch < self.seq_len for batch in self.ramp(self.seq_len)):
+            raise ValueError(
+                f"{where} batch_tokens must be at least seq_len = {self.seq_len}, each, got {self.batch_tokens}"
+            )
+        check_weights(f"{where} sources", self.sources)
+
+    @property
+    def num_rows(self) -> int:
+        return self.tokens // self.seq_len
+
+    def ramp(self, default: int) -> tuple[int, ...]:
+        """Tokens of one step in each equal share of the phase."""
+        if self.batch_tokens is None:
+            return (default,)
+        return (self.batch_tokens,) if isinstance(self.batch_tokens, int) else self.batch_tokens
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """anchor: weights like a phase's sources. order: "forward" (as written), "reversed", "shuffled" (by the seed) or
+    phase names; "easy_to_hard" is an older name of forward."""
+
+    phases: tuple[Phase, ...]
+    anchor: dict[str, float] = field(default_factory=dict)
+    order: str | tuple[str, ...] = "forward"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = [phase.name for phase in self.phases]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"Curriculum: phases must be at least one, with different names, got {names}")
+        if any(phase.anchor_share for phase in self.phases):
+            check_weights("Curriculum: anchor", self.anchor)
+        if isinstance(self.order, str):
+            if self.order not in (*ORDERS, *OLD_ORDERS):
+                close = difflib.get_close_matches(self.order, (*ORDERS, *OLD_ORDERS), n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(
+                    'Curriculum: order must be "forward", "reversed", "shuffled" or a tuple of phase names, '
+                    f"got {self.order!r}{hint}"
+                )
+        elif sorted(self.order) != sorted(names):
+            raise ValueError(f"Curriculum: order must name each of {names} once, got {list(self.order)}")
+
+    @property
+    def order_name(self) -> str:
+        """forward, reversed, shuffled or named."""
+        return OLD_ORDERS.get(self.order, self.order) if isinstance(self.order, str) else "named"
+
+    def phase_order(self) -> list[int]:
+        """Indices of the phases in the order they run; pinned phases keep their place."""
+        if not isinstance(self.order, str):
+            return [[phase.name for phase in self.phases].index(name) for name in self.order]
+        free = [i for i, phase in enumerate(self.phases) if not phase.pinned]
+        moved = iter(free[::-1] if self.order_name == "reversed" else free)
+        return [i if phase.pinned else next(moved) for i, phase in enumerate(self.phases)]
+
+
+def check_weights(what: str, weights: Mapping[str, float]) -> None:
+    if not all(math.isfinite(w) and w >= 0 for w in weights.values()) or not sum(weights.values()) > 0:
+        raise ValueError(f"{what} must have finite weights >= 0, one of them above 0, got {dict(weights)}")
+    for name in weights:
+        if "/" in name and name.split("/", 1)[0] in weights:
+            raise ValueError(f"{what} must not name a corpus and one of its sources, got {sorted(weights)}")
