@@ -151,7 +151,7 @@ std::string line_of(const void* return_address) {
   char command[1024];
   const size_t offset = size_t(static_cast<const char*>(return_address) - static_cast<const char*>(info.dli_fbase)) - 1;
   snprintf(command, sizeof command, "addr2line -f -i -C -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
-  std::string found;
+  std::string found, helper;
   if (FILE* pipe = popen(command, "r")) {
     char function[4096], place[4096];
     while (fgets(function, sizeof function, pipe) && fgets(place, sizeof place, pipe)) {
@@ -159,10 +159,14 @@ std::string line_of(const void* return_address) {
       file = file.substr(0, file.find_first_of(" \n"));
       const size_t slash = file.find_last_of('/');
       const std::string base = file.substr(slash + 1, file.rfind(':') - slash - 1);  // npos + 1 is 0
-      if (base == "prim.h" || base == "prim.cuh") continue;  // the primitive's own body, inlined into the kernel
+      if (base == "prim.h") continue;  // the primitive's own body, inlined into the kernel
       for (const char* root : {"/csrc/", "/tests/", "/bench/"}) {
         const size_t at = file.rfind(root);
         if (at != std::string::npos) file = file.substr(at + 1);
+      }
+      if (base == "prim.cuh") {  // a helper that kernels share: its line, and the kernel's that called it
+        if (helper.empty()) helper = file;
+        continue;
       }
       for (size_t at; (at = name.find("(anonymous namespace)::")) != std::string::npos;) name.erase(at, 23);
       name = name.substr(0, name.find_first_of("(<\n"));
@@ -174,6 +178,7 @@ std::string line_of(const void* return_address) {
     }
     pclose(pipe);
   }
+  if (!helper.empty()) found += (found.empty() ? "" : ", in ") + helper;
   if (found.empty()) {
     snprintf(command, sizeof command, "%s+0x%zx (no line: is addr2line installed?)", info.dli_fname, offset);
     found = command;
