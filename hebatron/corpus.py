@@ -3,6 +3,9 @@
 The folder holds
     index.json          tokenizer, counts by source and language, the ledger, sha256 of the files below
     documents.npy       one DOCUMENT record each: where its tokens are, bytes, source, language, hash
+    dropped.jsonl       the ledger's lines: one for every document left out, and why
+    ids.npy             each record's "id", if any has one
+    scores.safetensors  columns of numbers, one a document, that `data score` added later; not part of the identity
     tokens-00000.bin    little-endian uint16 (vocabulary up to 65,536) or uint32; no document crosses a shard
 """
 
@@ -10,16 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from .files import file_sha256
+from .files import file_sha256, fsync
 from .tokenizer import Tokenizer
 
 FORMAT, VERSION = "hebatron-corpus", 1
+SCORES = "scores.safetensors"
+EXTRA_FILES = ("dropped.jsonl", "ids.npy")  # a corpus from before them has neither
 DOCUMENT = np.dtype(
     [
         ("offset", "<i8"),  # first token, counted over all shards
@@ -41,6 +49,8 @@ class Corpus:
         documents: npt.NDArray[Any],
         shards: list[npt.NDArray[Any]],
         fingerprint: str,
+        ids: npt.NDArray[Any] | None = None,
+        columns: dict[str, npt.NDArray[np.float64]] | None = None,
     ) -> None:
         self.index = index
         self.fingerprint = fingerprint
@@ -50,6 +60,8 @@ class Corpus:
         self.eos_id: int = index["tokenizer"]["eos_id"]
         self.tokenizer_fingerprint: str = index["tokenizer"]["fingerprint"]
         self._documents = documents
+        self._ids = ids
+        self.columns = columns or {}  # by `data score`: rarity, ..., difficulty; a number for every document
         self._shards = shards
         self._starts = np.cumsum([0] + [len(shard) for shard in shards])
 
@@ -77,11 +89,16 @@ class Corpus:
         for number, shard in enumerate(index["shards"]):
             path = folder / f"tokens-{number:05d}.bin"  # never a name out of the index
             expected.append((path, shard["tokens"] * dtype.itemsize, shard["sha256"]))
+        shard_paths = [path for path, _, _ in expected[1:]]
+        extra = index.get("extra", {})
+        expected += [(folder / name, None, extra[name]) for name in EXTRA_FILES if name in extra]
         for path, size, digest in expected:
             _check_file(path, size, digest if verify else None)
         documents = np.load(table_path, mmap_mode="r", allow_pickle=False)
-        shards = [np.memmap(path, dtype, "r") for path, _, _ in expected[1:]]
-        corpus = cls(index, documents, list(shards), index["fingerprint"])
+        shards = [np.memmap(path, dtype, "r") for path in shard_paths]
+        ids = np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False) if "ids.npy" in extra else None
+        columns = read_scores(folder, index["fingerprint"], len(documents))
+        corpus = cls(index, documents, list(shards), index["fingerprint"], ids, columns)
         corpus._check(folder, verify)
         return corpus
 
@@ -107,6 +124,10 @@ class Corpus:
                 raise ValueError(
                     f"Corpus.open: {name} must be under {bound}, got {table[name].max()} in {folder}"
                 )
+        if self._ids is not None and (self._ids.shape != table.shape or self._ids.dtype.kind != "S"):
+            raise ValueError(
+                f"Corpus.open: ids.npy must hold {len(table)} ids, got {self._ids.shape} in {folder}"
+            )
         if verify:
             largest = max(int(shard.max()) for shard in self._shards)
             if largest >= self.vocab_size:
@@ -150,8 +171,17 @@ class Corpus:
         """First 16 bytes of the sha256 of document i's text."""
         return self._documents["hash"][i].tobytes()
 
+    def id(self, i: int) -> str | None:
+        """The "id" of document i's record; None where it had none."""
+        return None if self._ids is None else bytes(self._ids[i]).decode("utf-8") or None
+
     def source(self, i: int) -> str:
         return self.sources[self._documents["source"][i]]
+
+    @property
+    def lang_ids(self) -> npt.NDArray[np.int64]:
+        """Every document's index into `langs`."""
+        return np.ascontiguousarray(self._documents["lang"], np.int64)
 
     def lang(self, i: int) -> str:
         return self.langs[self._documents["lang"][i]]
@@ -167,7 +197,9 @@ class Corpus:
                 f"Corpus.select: documents must be one or more of 0..{len(self) - 1}, got {rows.tolist()[:8]}"
             )
         digest = hashlib.sha256(self.fingerprint.encode() + rows.astype("<i8").tobytes()).hexdigest()
-        return Corpus(self.index, self._documents[rows], self._shards, digest)
+        ids = None if self._ids is None else self._ids[rows]
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return Corpus(self.index, self._documents[rows], self._shards, digest, ids, columns)
 
     def split(self, held_out_permille: int) -> tuple[Corpus, Corpus]:
         """(training view, held-out view): a document's side depends on its own text alone."""
@@ -211,6 +243,59 @@ def _check_file(path: Path, size: int | None, digest: str | None) -> None:
 
 
 def index_fingerprint(index: dict[str, Any]) -> str:
-    """sha256 of what a corpus is; how it was asked for is left out."""
-    content = {key: value for key, value in index.items() if key not in ("fingerprint", "request")}
+    """sha256 of what a corpus is; how it was asked for, its ids and the ledger's lines are left out."""
+    content = {key: value for key, value in index.items() if key not in ("fingerprint", "request", "extra")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_scores(folder: Path, fingerprint: str, count: int) -> dict[str, npt.NDArray[np.float64]]:
+    """The columns `write_scores` left, or none; raises if they belong to another corpus or are damaged."""
+    path = folder / SCORES
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            columns = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except SafetensorError as error:
+        raise ValueError(f"Corpus.open: {path} must be safetensors, got {error}") from error
+    if metadata.get("corpus") != fingerprint or any(c.shape != (count,) for c in columns.values()):
+        raise ValueError(
+            f"Corpus.open: {path} must belong to this corpus, got another's; run data score again"
+        )
+    if metadata.get("sha256") != _columns_sha256(columns):
+        raise ValueError(
+            f"Corpus.open: {path} must match its sha256, got a damaged file; run data score again"
+        )
+    return columns
+
+
+def write_scores(folder: Path, columns: dict[str, npt.NDArray[np.float64]], method: dict[str, Any]) -> None:
+    """Put columns (one float64 a document) beside the corpus in `folder`, in place of earlier ones, atomically."""
+    index = read_index(folder)
+    count = index["documents"]["count"]
+    for name, values in columns.items():
+        if values.shape != (count,) or values.dtype != np.float64 or not np.isfinite(values).all():
+            raise ValueError(
+                f"write_scores: {name} must be {count} finite float64, got {values.shape} {values.dtype}"
+            )
+    metadata = {
+        "corpus": index["fingerprint"],
+        "method": json.dumps(method, sort_keys=True),
+        "sha256": _columns_sha256(columns),
+    }
+    scratch = folder / f".{SCORES}.{os.getpid()}"
+    try:
+        save_file(columns, scratch, metadata)
+        fsync(scratch)
+        scratch.replace(folder / SCORES)
+        fsync(folder)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _columns_sha256(columns: dict[str, npt.NDArray[np.float64]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(columns):
+        digest.update(name.encode() + b"\0" + columns[name].tobytes())
+    return digest.hexdigest()

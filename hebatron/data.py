@@ -25,9 +25,10 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .corpus import DOCUMENT, FORMAT, VERSION, Corpus, index_fingerprint, read_index
-from .documents import Document, Ledger, Policy, find_files, read_documents, read_texts, text_hash
+from .corpus import DOCUMENT, EXTRA_FILES, FORMAT, VERSION, Corpus, index_fingerprint, read_index
+from .documents import Document, Ledger, Policy, find_files, label, read_documents, read_texts, text_hash
 from .files import file_sha256, fsync
+from .hebrew import Normalization
 from .tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 20  # text handed to the tokenizer at once
@@ -49,6 +50,7 @@ class PrepareReport:
     read: int
     dropped: dict[str, int]
     removed_characters: dict[str, int]
+    normalized: dict[str, int]
     fingerprint: str
     seconds: float
     reused: bool
@@ -64,13 +66,16 @@ def prepare(
     text_field: str = "text",
     bidi: Literal["drop", "keep"] = "drop",
     bad: Literal["error", "drop"] = "error",
+    normalize: Normalization = "none",
+    near_duplicates: float | None = None,
     overwrite: bool = False,
     shard_tokens: int = 1 << 27,
 ) -> PrepareReport:
     """Tokenise `inputs` into the corpus folder `out`, which appears whole or not at all.
 
     Args:
-        inputs: .txt, .jsonl, .jsonl.zst files, or folders of them.
+        inputs: .txt, .jsonl, .jsonl.zst, .parquet, .arrow files, folders of them (one saved by `datasets` too), or
+            hf:NAME[@SPLIT] for what `datasets` downloads.
         out: must not exist, or hold the corpus of exactly these inputs and options (then nothing is done), or
             hold any corpus with overwrite=True.
         source, lang: for every document; None: the record's own field, else the file's name without ending
@@ -78,12 +83,15 @@ def prepare(
         text_field: the field of a .jsonl record that holds the text.
         bidi: direction marks and overrides (U+200E, U+202E, ...) are removed or kept.
         bad: a broken document stops everything, or is dropped and counted.
+        normalize: "hebrew-v1" gives Hebrew one spelling (hebrew.py); "none" keeps the text.
+        near_duplicates: drop a document whose 5-word runs overlap those of an earlier one by this Jaccard index or
+            more (duplicates.py, 0.8 is usual). None: exact repeats alone, because the comparison takes a library.
         shard_tokens: a token file ends with the batch that reaches this many.
     Raises: ValueError naming the file and line, or the option; nothing is left behind.
     """
     began = time.perf_counter()
     out = Path(out)
-    policy = Policy(source, lang, text_field, bidi, bad)
+    policy = Policy(source, lang, text_field, bidi, bad, normalize, near_duplicates)
     if shard_tokens < 1:
         raise ValueError(f"prepare: shard_tokens must be at least 1, got {shard_tokens}")
     files = find_files(inputs)
@@ -91,7 +99,7 @@ def prepare(
         "tokenizer": tokenizer.fingerprint,
         "policy": asdict(policy),
         "shard_tokens": shard_tokens,
-        "files": [[_name(path), file_sha256(path)] for path in files],
+        "files": [[label(path), file_sha256(path)] for path in files],
     }
     if check_out(out) and _same_request(out, request, overwrite):
         return _report(Corpus.open(out, tokenizer), out, began, reused=True)
@@ -118,11 +126,6 @@ def prepare(
     return _report(Corpus.open(out, tokenizer, verify=False), out, began, reused=False)
 
 
-def _name(path: Path) -> str:
-    """What of a path can enter the corpus: the name, and for .txt the folder (its default source)."""
-    return f"{path.absolute().parent.name}/{path.name}" if path.suffix == ".txt" else path.name
-
-
 def check_out(out: Path) -> bool:
     """Whether `out` holds a corpus; raises if it holds anything else, which `prepare` would not replace."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -137,7 +140,10 @@ def _same_request(out: Path, request: dict[str, Any], overwrite: bool) -> bool:
     if overwrite:
         read_index(out)  # only a corpus is ever deleted
         return False
-    if read_index(out).get("request") != request:
+    earlier = read_index(out).get("request")
+    if isinstance(earlier, dict) and isinstance(earlier.get("policy"), dict):
+        earlier = {**earlier, "policy": {**asdict(Policy()), **earlier["policy"]}}  # options younger than it
+    if earlier != request:
         raise ValueError(
             f"prepare: out must not hold another corpus (other inputs, options or tokenizer), got {out}; "
             "pass overwrite=True to replace it"
@@ -157,6 +163,7 @@ def _report(corpus: Corpus, folder: Path, began: float, reused: bool) -> Prepare
         index["ledger"]["read"],
         index["ledger"]["dropped"],
         index["ledger"]["removed_characters"],
+        index["ledger"].get("normalized", {}),
         corpus.fingerprint,
         time.perf_counter() - began,
         reused,
@@ -222,13 +229,16 @@ def _write(
     sources: dict[str, int] = {}
     langs: dict[str, int] = {}
     records: list[npt.NDArray[Any]] = []
+    record_ids: list[bytes] = []
     try:
         for batch in _batches(documents):
             ids = tokenizer.encode_batch([document.text for document in batch])
             kept = [(d, [*i, tokenizer.eos_id]) for d, i in zip(batch, ids, strict=True) if i]
             ledger.used -= len(batch) - len(kept)
             if len(kept) < len(batch):  # the tokenizer's own normaliser left nothing of them
-                ledger.dropped["no tokens"] += len(batch) - len(kept)
+                for document, tokens in zip(batch, ids, strict=True):
+                    if not tokens:
+                        ledger.drop("no tokens", document.place, text_hash(document.text))
             if not kept:
                 continue
             record = np.zeros(len(kept), DOCUMENT)
@@ -237,6 +247,7 @@ def _write(
                 row["bytes"] = len(document.text.encode("utf-8"))
                 row["source"] = sources.setdefault(document.source, len(sources))
                 row["lang"] = langs.setdefault(document.lang, len(langs))
+                record_ids.append((document.place.id or "").encode("utf-8"))
                 row["hash"] = np.frombuffer(text_hash(document.text), np.uint8)
             records.append(record)
             flat = itertools.chain.from_iterable(tokens for _, tokens in kept)
@@ -250,8 +261,11 @@ def _write(
         )
     table = np.concatenate(records)
     table["offset"] = np.cumsum(table["length"]) - table["length"]
-    with (folder / "documents.npy").open("xb") as file:
-        np.save(file, table, allow_pickle=False)
+    _save_array(folder / "documents.npy", table)
+    if any(record_ids):
+        _save_array(folder / "ids.npy", np.array(record_ids))
+    with (folder / "dropped.jsonl").open("xb") as file:
+        file.writelines(f"{line}\n".encode() for line in ledger.lines)
         file.flush()
         os.fsync(file.fileno())
     index = {
@@ -274,7 +288,11 @@ def _write(
             "used": ledger.used,
             "dropped": dict(sorted(ledger.dropped.items())),
             "removed_characters": {k: n for k, n in sorted(ledger.removed_characters.items()) if n},
+            # only where there is any: other corpora keep the fingerprint they always had
+            **({"normalized": dict(sorted(ledger.normalized.items()))} if ledger.normalized else {}),
+            **({"repeated_ids": ledger.repeated_ids} if ledger.repeated_ids else {}),
         },
+        "extra": {name: file_sha256(folder / name) for name in EXTRA_FILES if (folder / name).is_file()},
     }
     index = {**index, "fingerprint": index_fingerprint(index), "request": request}
     with (folder / "index.json").open("x", encoding="utf-8") as text:
@@ -282,6 +300,13 @@ def _write(
         text.flush()
         os.fsync(text.fileno())
     fsync(folder)
+
+
+def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    with path.open("xb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _count(table: npt.NDArray[Any], column: str, names: list[str]) -> Counts:

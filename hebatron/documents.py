@@ -1,9 +1,10 @@
-"""Documents out of .txt (one a file), .jsonl and .jsonl.zst (one a line) files, cleaned and counted.
+"""Documents out of .txt (one a file), .jsonl and .jsonl.zst (one a line), .parquet and .arrow (one a row) files.
 
 A broken document (invalid UTF-8, bad JSON, no text, NUL, ...) is an error naming file and line, or with
-bad="drop" a counted drop; a damaged zstd stream or an unknown kind of file is always an error. Empty
-documents and exact repeats are always counted drops. A byte order mark is removed; bidi controls are removed
-(bidi="drop") or kept. No other character is touched. The ledger adds up: read = used + dropped.
+bad="drop" a counted drop; a damaged file or an unknown kind of file is always an error. Empty documents and
+exact repeats are always counted drops, near repeats with near_duplicates. A byte order mark is removed; bidi
+controls are removed (bidi="drop") or kept; `normalize` names the rules for Hebrew (hebrew.py). No other character
+is touched. The ledger adds up: read = used + dropped, with a line for every document dropped.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import zstandard
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst")
+from .duplicates import NearDuplicates
+from .hebrew import BIDI_CONTROLS, check_normalization, normalize
+from .tables import TABLE_SUFFIXES, downloaded, rows
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", *TABLE_SUFFIXES)
+MAX_ID_BYTES = 256
 MAX_DOCUMENT_BYTES = 1 << 28  # 256 MiB: a line without end must not fill the memory
-_BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class _BadDocument(ValueError):
@@ -33,14 +37,38 @@ class _BadDocument(ValueError):
         self.reason = reason
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a document was found."""
+
+    file: str
+    line: int | None = None
+    id: str | None = None
+
+    def named(self) -> dict[str, Any]:
+        return {"file": self.file, "line": self.line} | ({} if self.id is None else {"id": self.id})
+
+
 @dataclass
 class Ledger:
-    """Every document read is used or dropped for one reason."""
+    """Every document read is used or dropped for one reason; `lines` has one JSON object for each dropped one.
+
+    Its file (name alone), line or row (null for .txt), reason and hash: of its cleaned text, or of its bytes where
+    there is no text; its id, if it has one; for a repeat, the file, line, id and hash of the document that stays.
+    """
 
     read: int = 0
     used: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     removed_characters: Counter[str] = field(default_factory=Counter)
+    normalized: Counter[str] = field(default_factory=Counter)
+    repeated_ids: int = 0  # used documents whose id an earlier one has: kept, their texts differ
+    lines: list[str] = field(default_factory=list)
+
+    def drop(self, reason: str, place: Place, hash: bytes, **more: Any) -> None:
+        self.dropped[reason] += 1
+        line = {**place.named(), "reason": reason, "hash": hash.hex(), **more}
+        self.lines.append(json.dumps(line, ensure_ascii=True))
 
 
 @dataclass(frozen=True)
@@ -52,11 +80,20 @@ class Policy:
     text_field: str = "text"
     bidi: Literal["drop", "keep"] = "drop"
     bad: Literal["error", "drop"] = "error"
+    normalize: str = "none"
+    near_duplicates: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("bidi", ("drop", "keep")), ("bad", ("error", "drop"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"prepare: {name} must be one of {allowed}, got {getattr(self, name)!r}")
+        check_normalization("prepare", self.normalize)
+        if self.normalize != "none" and self.bidi == "keep":
+            raise ValueError(f"prepare: bidi must be 'drop' with normalize={self.normalize!r}, got 'keep'")
+        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
+            raise ValueError(
+                f"prepare: near_duplicates must be above 0 and at most 1, got {self.near_duplicates}"
+            )
         for name in ("source", "lang", "text_field"):
             if getattr(self, name) == "":
                 raise ValueError(f"prepare: {name} must not be empty, got ''")
@@ -67,14 +104,18 @@ class Document:
     text: str
     source: str
     lang: str
+    place: Place = Place("")
 
 
 def find_files(inputs: Sequence[Path | str]) -> list[Path]:
-    """The files to read: each input, or, for a folder, every .txt, .jsonl and .jsonl.zst below it, sorted."""
+    """The files to read: each input; for a folder (one that `datasets` saved too) every file below it that ends in
+    one of SUFFIXES, sorted; for hf:NAME or hf:NAME@SPLIT what `datasets` downloads."""
     files: list[Path] = []
     for path in map(Path, inputs):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(SUFFIXES))
+        if str(path).startswith("hf:"):
+            files += downloaded(str(path).removeprefix("hf:"))
+        elif path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and _is_input(p.name))
             if not found:
                 raise ValueError(
                     f"prepare: folder must contain {', '.join(SUFFIXES)} files, got none in {path}"
@@ -89,6 +130,10 @@ def find_files(inputs: Sequence[Path | str]) -> list[Path]:
     if not files:
         raise ValueError("prepare: inputs must name at least one file, got none")
     return files
+
+
+def _is_input(name: str) -> bool:
+    return name.endswith(SUFFIXES) and not (name.startswith("cache-") and name.endswith(".arrow"))
 
 
 class _ZstdStream(io.RawIOBase):
@@ -131,22 +176,28 @@ class _ZstdStream(io.RawIOBase):
         return b"".join(out)
 
 
-def _raw_documents(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(where, undecoded document): the whole of a .txt file, or each line of a .jsonl file."""
+Raw = bytes | dict[str, Any]
+
+
+def _raw_documents(path: Path, fields: Sequence[str]) -> Iterator[tuple[int | None, Raw]]:
+    """(line, undecoded document): the whole of a .txt file, each line of a .jsonl file, each row of a table."""
+    if path.name.endswith(TABLE_SUFFIXES):
+        yield from enumerate(rows(path, fields), 1)
+        return
     with path.open("rb") as file:
         if path.name.endswith(".txt"):
-            yield str(path), file.read(MAX_DOCUMENT_BYTES + 1)
+            yield None, file.read(MAX_DOCUMENT_BYTES + 1)
             return
         zst = path.name.endswith(".zst")
         lines = io.BufferedReader(_ZstdStream(file, path)) if zst else file
         number = 0
         while line := lines.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
-            yield f"{path}:{number}", line
+            yield number, line
             while line and not line.endswith(b"\n"):  # what is left of a line that is too large
                 line = lines.readline(MAX_DOCUMENT_BYTES)
         if number == 0:
-            yield str(path), b""
+            yield None, b""
 
 
 def _decode(raw: bytes) -> str:
@@ -159,15 +210,20 @@ def _decode(raw: bytes) -> str:
         raise _BadDocument("invalid UTF-8", f"must be UTF-8, got {got}") from None
 
 
-def _parse(raw: bytes, path: Path, policy: Policy) -> Document:
+def _parse(raw: Raw, path: Path, line: int | None, policy: Policy) -> Document:
     """One document out of its bytes, before cleaning; raises _BadDocument."""
-    text = _decode(raw)
-    if path.name.endswith(".txt"):
-        return Document(text, policy.source or path.absolute().parent.name or "text", policy.lang or "und")
-    try:
-        record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise _BadDocument("broken JSON", f"must be one JSON object a line, got {error}") from None
+    place = Place(label(path), line)
+    if isinstance(raw, dict):
+        record: Any = {k: _decode(value) if isinstance(value, bytes) else value for k, value in raw.items()}
+    else:
+        text = _decode(raw)
+        if path.name.endswith(".txt"):
+            source = policy.source or path.absolute().parent.name or "text"
+            return Document(text, source, policy.lang or "und", place)
+        try:
+            record = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise _BadDocument("broken JSON", f"must be one JSON object a line, got {error}") from None
     if not isinstance(record, dict):
         raise _BadDocument("not an object", f"must be a JSON object, got {type(record).__name__}")
     if policy.text_field not in record:
@@ -177,9 +233,32 @@ def _parse(raw: bytes, path: Path, policy: Policy) -> Document:
         if not missing and not isinstance(record[name], str):
             got = type(record[name]).__name__
             raise _BadDocument("field not a string", f'must have a string in "{name}", got {got}')
-    stem = path.name.removesuffix(".zst").removesuffix(".jsonl")
-    source = policy.source or record.get("source") or stem
-    return Document(record[policy.text_field], source, policy.lang or record.get("lang") or "und")
+    source = policy.source or record.get("source") or _default_source(path)
+    place = Place(place.file, place.line, _record_id(record.get("id")))
+    return Document(record[policy.text_field], source, policy.lang or record.get("lang") or "und", place)
+
+
+def _record_id(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise _BadDocument("bad id", f'must have a string or an integer in "id", got {type(value).__name__}')
+    text = str(value)
+    size = len(text.encode("utf-8", "surrogatepass"))
+    if not 0 < size <= MAX_ID_BYTES or not text.isprintable():
+        raise _BadDocument("bad id", f'must have 1..{MAX_ID_BYTES} printable bytes in "id", got {size} bytes')
+    return text
+
+
+def _default_source(path: Path) -> str:
+    stem = path.name.removesuffix(".zst").rpartition(".")[0]
+    saved_by_datasets = path.suffix == ".arrow" and stem.startswith("data-")
+    return path.absolute().parent.name or "data" if saved_by_datasets else stem
+
+
+def label(path: Path) -> str:
+    """What of a path can enter the corpus: the name, and for .txt the folder (its default source)."""
+    return f"{path.absolute().parent.name}/{path.name}" if path.suffix == ".txt" else path.name
 
 
 def _clean(document: Document, policy: Policy, ledger: Ledger) -> Document:
@@ -188,8 +267,10 @@ def _clean(document: Document, policy: Policy, ledger: Ledger) -> Document:
         ledger.removed_characters["byte order mark"] += 1
         text = text[1:]
     if policy.bidi == "drop":
-        text, count = _BIDI.subn("", text)
+        text, count = BIDI_CONTROLS.subn("", text)
         ledger.removed_characters["bidi control"] += count
+    text, changes = normalize(text, policy.normalize)
+    ledger.normalized += changes
     if "\x00" in text:
         raise _BadDocument("NUL", f"must not contain NUL, got one at character {text.index(chr(0)) + 1}")
     for name, value in (("text", text), ("source", document.source), ("lang", document.lang)):
@@ -198,36 +279,57 @@ def _clean(document: Document, policy: Policy, ledger: Ledger) -> Document:
         except UnicodeEncodeError as error:
             got = f"U+{ord(value[error.start]):04X} at character {error.start + 1} of its {name}"
             raise _BadDocument("lone surrogate", f"must be valid Unicode, got {got}") from None
-    return Document(text, document.source, document.lang)
+    return replace(document, text=text)
 
 
 def read_documents(files: Sequence[Path], policy: Policy, ledger: Ledger) -> Iterator[Document]:
-    """Clean, non-empty documents in file order, exact repeats left out; the ledger is complete at the end."""
-    seen: set[bytes] = set()
+    """Clean, non-empty documents in file order, repeats left out; the ledger is complete at the end."""
+    near = None if policy.near_duplicates is None else NearDuplicates(policy.near_duplicates)
+    fields = (policy.text_field, "source", "lang", "id")
+    seen: dict[bytes, Place] = {}
+    kept: list[bytes] = []  # of `near`, in its numbering
+    ids: set[str] = set()
     for path in files:
-        for where, raw in _raw_documents(path):
+        for line, raw in _raw_documents(path, fields):
             ledger.read += 1
             try:
                 if not raw:
                     raise _BadDocument("empty file", "must not be empty, got 0 bytes")
-                if not path.name.endswith(".txt") and not raw.strip():
-                    ledger.dropped["blank line"] += 1
+                if isinstance(raw, bytes) and line is not None and not raw.strip():
+                    ledger.drop("blank line", Place(label(path), line), _raw_hash(raw))
                     continue
-                document = _clean(_parse(raw, path, policy), policy, ledger)
+                document = _clean(_parse(raw, path, line, policy), policy, ledger)
             except _BadDocument as bad:
                 if policy.bad == "error":
+                    where = f"{path}" if line is None else f"{path}:{line}"
                     raise ValueError(f"prepare: {where} {bad}") from None
-                ledger.dropped[bad.reason] += 1
+                ledger.drop(bad.reason, Place(label(path), line), _raw_hash(raw))
                 continue
-            digest = text_hash(document.text)
+            place, digest = document.place, text_hash(document.text)
             if not document.text.strip():
-                ledger.dropped["empty"] += 1
-            elif digest in seen:
-                ledger.dropped["repeat"] += 1
-            else:
-                seen.add(digest)
-                ledger.used += 1
-                yield document
+                ledger.drop("empty", place, digest)
+                continue
+            if digest in seen:
+                ledger.drop("repeat", place, digest, repeats={**seen[digest].named(), "hash": digest.hex()})
+                continue
+            found = None if near is None else near.add(document.text)
+            if found is not None:
+                of = kept[found[0]]
+                repeats = {**seen[of].named(), "hash": of.hex()}
+                ledger.drop("near repeat", place, digest, repeats=repeats, similarity=round(found[1], 3))
+                continue
+            if near is not None:
+                kept.append(digest)
+            seen[digest] = place
+            if place.id is not None:
+                ledger.repeated_ids += place.id in ids
+                ids.add(place.id)
+            ledger.used += 1
+            yield document
+
+
+def _raw_hash(raw: Raw) -> bytes:
+    return hashlib.sha256(raw if isinstance(raw, bytes) else repr(sorted(raw.items())).encode()).digest()[:16]
 
 
 def read_texts(inputs: Sequence[Path | str], **policy: Any) -> Iterator[str]:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def register(group: VerbGroup) -> None:
-    prepare = add_verb(group, "prepare", run, "tokenise .txt, .jsonl and .jsonl.zst files into a corpus")
+    prepare = add_verb(
+        group, "prepare", run, "tokenise .txt, .jsonl(.zst), .parquet and .arrow files into a corpus"
+    )
     prepare.add_argument("inputs", metavar="IN", nargs="+", type=Path, help="files, or folders of them")
     prepare.add_argument("--out", required=True, type=Path, help="the corpus folder to write")
     tokenizer = prepare.add_mutually_exclusive_group(required=True)
@@ -31,6 +33,17 @@ def register(group: VerbGroup) -> None:
     prepare.add_argument(
         "--bidi", choices=("drop", "keep"), default="drop", help="direction marks in the text"
     )
+    prepare.add_argument(
+        "--normalize", choices=("none", "hebrew-v1"), default="none", help="rules for the spelling of Hebrew"
+    )
+    prepare.add_argument(
+        "--near-duplicates",
+        nargs="?",
+        type=float,
+        const=0.8,
+        metavar="SIMILARITY",
+        help="drop texts this similar to an earlier one (0.8 if no number is given)",
+    )
     prepare.add_argument("--overwrite", action="store_true", help="replace another corpus in --out")
 
 
@@ -39,7 +52,8 @@ def run(arguments: Arguments) -> int:
     from hebatron.metrics import printable_name
     from hebatron.tokenizer import load_tokenizer, train_bpe
 
-    policy = {name: getattr(arguments, name) for name in ("source", "lang", "text_field", "bidi", "bad")}
+    names = ("source", "lang", "text_field", "bidi", "bad", "normalize", "near_duplicates")
+    policy = {name: getattr(arguments, name) for name in names}
     if arguments.tokenizer is not None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
@@ -61,6 +75,8 @@ def run(arguments: Arguments) -> int:
         totals = f"{counts['documents']:>9,} documents {counts['tokens']:>13,} tokens"
         print(f"  {totals} {per_token:>6.2f} bytes/token  {printable_name(source)}")
     print(f"  {report.read:>9,} documents read, dropped: {report.dropped or 'none'}")
+    if report.normalized:
+        print(f"  characters changed by {arguments.normalize}: {report.normalized}")
     return 0
 
 
