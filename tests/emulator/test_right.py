@@ -1,4 +1,4 @@
-"""Right kernels: right results and no report, in both builds, in every mode and order of threads; and runs that repeat."""
+"""Right kernels: right results and no report, in both builds, every mode and order of threads; and runs that repeat."""
 
 from __future__ import annotations
 
