@@ -12,7 +12,17 @@ import sys
 from collections.abc import Sequence
 
 from hebatron.verbs import Arguments as Arguments
-from hebatron.verbs import data_prepare, doctor, export_hf, generate, info, plot, quickstart, train
+from hebatron.verbs import (
+    data_prepare,
+    data_score,
+    doctor,
+    export_hf,
+    generate,
+    info,
+    plot,
+    quickstart,
+    train,
+)
 from hebatron.verbs import eval as evaluate
 
 
@@ -66,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     data = verbs.add_parser("data", help="prepare training text")
     data_verbs = data.add_subparsers(metavar="VERB", required=True)
     data_prepare.register(data_verbs)
+    data_score.register(data_verbs)
     train.register(verbs)
     evaluate.register(verbs)
     generate.register(verbs)
