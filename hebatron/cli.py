@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from hebatron.verbs import Arguments as Arguments
 from hebatron.verbs import (
+    data_inspect,
     data_prepare,
     data_score,
     doctor,
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     data_verbs = data.add_subparsers(metavar="VERB", required=True)
     data_prepare.register(data_verbs)
     data_score.register(data_verbs)
+    data_inspect.register(data_verbs)
     train.register(verbs)
     evaluate.register(verbs)
     generate.register(verbs)
