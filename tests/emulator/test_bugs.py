@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 import pytest
-from conftest import MODES, Library, library, markers
+from emulator_cases import MODES, Library, library, markers
 
 SEEDS = (0, 1, 2, 3)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HERE, Library
+from emulator_cases import HERE, Library
 from numpy.typing import NDArray
 
 ROOT = HERE.parents[1]
@@ -125,8 +125,8 @@ def test_wgmma_matches_cute_k_major_b(plain: Library, cute: Cute, n: int, mn_a: 
 @pytest.mark.parametrize("n", [64, 128, 256])
 @pytest.mark.parametrize("mn_a", [False, True, None], ids=["a_k_major", "a_mn_major", "a_registers"])
 def test_wgmma_matches_cute_mn_major_b(plain: Library, cute: Cute, n: int, mn_a: bool | None) -> None:
-    """CuTe's tile puts the groups of 64 rows 1,024 bytes apart and the groups of 8 k behind them all: the leading and the
-    stride distance of the descriptor are not those of the conformance cases."""
+    """The groups of 64 rows lie 1,024 bytes apart and the groups of 8 k behind them all: the leading and the stride
+    distance of the descriptor are not those of the conformance cases."""
     multiply(plain, cute, n, mn_a, mn_b=True)
 
 

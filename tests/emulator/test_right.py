@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import HERE, MODES, Library, library
+from emulator_cases import HERE, MODES, Library, library
 
 sys.path.insert(0, str(HERE.parents[1] / "bench" / "conformance"))
 from expected import EXPECTED, noise, small
