@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,7 +52,7 @@ class Library:
         self._library.case_statistics(four)
         return Statistics(*four)
 
-    def function(self, name: str, *argument_types: type) -> ctypes._CFuncPtr:
+    def function(self, name: str, *argument_types: type) -> Callable[..., bytes | None]:
         found = getattr(self._library, name)
         found.argtypes = argument_types
         found.restype = ctypes.c_char_p
