@@ -11,10 +11,16 @@ from torch import Tensor
 
 from .corpus import Corpus
 from .model import Hebatron
+from .router import LanguageCounts
 
 
 def bits_per_byte(
-    model: Hebatron, corpus: Corpus, *, max_tokens: int | None = None, batch_tokens: int = 8192
+    model: Hebatron,
+    corpus: Corpus,
+    *,
+    max_tokens: int | None = None,
+    batch_tokens: int = 8192,
+    routing: LanguageCounts | None = None,
 ) -> dict[str, float]:
     """Sum of the tokens' negative log2-likelihood over the documents' UTF-8 bytes, for each source of `corpus`.
 
@@ -30,6 +36,7 @@ def bits_per_byte(
             would pass the limit left out. Where not one fits, the first is read up to the limit and its bytes are
             counted in that proportion. None: all.
         batch_tokens: of one forward; a longer document, or piece of one, is a forward of its own.
+        routing: takes the experts chosen for this text, by the documents' languages.
     Returns: source to bits per byte, sources in the corpus's order. The model is left as it was found: mode,
         counts, gradients and random generators.
     """
@@ -42,7 +49,7 @@ def bits_per_byte(
     try:
         with torch.no_grad():
             return {
-                source: _score(model, corpus, documents, batch_tokens)
+                source: _score(model, corpus, documents, batch_tokens, routing)
                 for source, documents in choose_documents(corpus, max_tokens).items()
             }
     finally:
@@ -69,13 +76,20 @@ def choose_documents(corpus: Corpus, max_tokens: int | None = None) -> dict[str,
     return chosen
 
 
-def _score(model: Hebatron, corpus: Corpus, documents: Sequence[tuple[int, int]], batch_tokens: int) -> float:
+def _score(
+    model: Hebatron,
+    corpus: Corpus,
+    documents: Sequence[tuple[int, int]],
+    batch_tokens: int,
+    routing: LanguageCounts | None,
+) -> float:
     nats = 0.0
     for batch in _batches(_pieces(model, corpus, documents), batch_tokens):
         # (input, target) pairs as in training: the end-of-text token is a target and never an input
-        ids_T = torch.cat([piece[:-1] for piece in batch])
-        labels_T = torch.cat([piece[1:] for piece in batch])
-        cu_seqlens = torch.tensor([0, *(len(piece) - 1 for piece in batch)]).cumsum(0).to(torch.int32)
+        ids_T = torch.cat([piece[:-1] for _, piece in batch])
+        labels_T = torch.cat([piece[1:] for _, piece in batch])
+        lengths = torch.tensor([len(piece) - 1 for _, piece in batch])
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
         output = model(
             ids_T.to(model.device),
             cu_seqlens=cu_seqlens.to(model.device),
@@ -83,27 +97,32 @@ def _score(model: Hebatron, corpus: Corpus, documents: Sequence[tuple[int, int]]
             loss_reduction="sum",
         )
         nats += float(output.loss)
-    lengths = corpus.lengths
-    return nats / math.log(2) / sum(corpus.byte_count(i) * read / int(lengths[i]) for i, read in documents)
+        if routing is not None:
+            language_Q = torch.tensor([corpus.langs.index(corpus.lang(i)) for i, _ in batch])
+            routing.add(output.aux, corpus.langs, language_Q.repeat_interleave(lengths))
+    total = corpus.lengths
+    return nats / math.log(2) / sum(corpus.byte_count(i) * read / int(total[i]) for i, read in documents)
 
 
-def _pieces(model: Hebatron, corpus: Corpus, documents: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
-    """Tokens of each document in pieces the model can take; a piece begins with the last one's last target."""
+def _pieces(
+    model: Hebatron, corpus: Corpus, documents: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, Tensor]]:
+    """(document, tokens) in pieces the model can take; a piece begins with the last one's last target."""
     longest = model.config.max_position_embeddings
     for i, read in documents:
         tokens = torch.from_numpy(corpus.tokens(i)[:read].astype(np.int64))
         for start in range(0, read - 1, longest):
-            yield tokens[start : start + longest + 1]
+            yield i, tokens[start : start + longest + 1]
 
 
-def _batches(pieces: Iterable[Tensor], batch_tokens: int) -> Iterator[list[Tensor]]:
-    batch: list[Tensor] = []
+def _batches(pieces: Iterable[tuple[int, Tensor]], batch_tokens: int) -> Iterator[list[tuple[int, Tensor]]]:
+    batch: list[tuple[int, Tensor]] = []
     total = 0
-    for piece in pieces:
+    for document, piece in pieces:
         if batch and total + len(piece) > batch_tokens:
             yield batch
             batch, total = [], 0
-        batch.append(piece)
+        batch.append((document, piece))
         total += len(piece)
     if batch:
         yield batch

@@ -1,8 +1,10 @@
 """Metrics of a run: metrics.jsonl is the truth, the terminal panel and the plot are views of it.
 
 One JSON object per line, in step order, each with "kind" and "step" (optimizer steps completed):
-    step    phase, loss, aux_loss, lr, grad_norm, tokens, loss_tokens, anchor_tokens, skipped, router
-    eval    bpb (bits per byte by source), router_load (expert counts of that step, by MoE layer)
+    step    phase, loss, aux_loss, lr, grad_norm, tokens, loss_tokens, anchor_tokens, skipped, router,
+            router_languages and expert_overlap (router.py) of the step's tokens
+    eval    phase, bpb (bits per byte by source), router_load (expert counts of that step, by MoE layer),
+            router_languages and expert_overlap of the held-out text, alarms (lines; router.py has the thresholds)
     sample  prompt, text
 What depends on the clock is under "time" alone, so that a resumed run's file equals an uninterrupted one's
 in everything else.
@@ -11,7 +13,6 @@ in everything else.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import unicodedata
@@ -20,8 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
-
-from torch import Tensor
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -90,27 +89,6 @@ def _records(path: Path) -> list[tuple[bytes, Record]]:
             )
         records.append((line, record))
     return records
-
-
-# ---------------------------------------------------------------- router
-
-
-def router_load(counts_E: Tensor) -> dict[str, float]:
-    """How evenly tokens fall on the experts of one layer.
-
-    max_over_ideal is 1 when even and E when all go to one; entropy is that of the load over ln E, in [0, 1].
-    """
-    total, experts = float(counts_E.sum()), counts_E.numel()
-    if total == 0:
-        return {"mean": 0.0, "max_over_ideal": 0.0, "dead": 1.0, "load_entropy": 0.0}
-    share_E = counts_E.double() / total
-    nats = float(-(share_E * share_E.clamp_min(1e-300).log()).sum())
-    return {
-        "mean": total / experts,
-        "max_over_ideal": float(share_E.max()) * experts,
-        "dead": float((counts_E == 0).double().mean()),
-        "load_entropy": nats / math.log(experts) if experts > 1 else 1.0,
-    }
 
 
 # ---------------------------------------------------------------- the screen
@@ -191,6 +169,8 @@ class PlainReporter:
     def event(self, record: Record) -> None:
         if record["kind"] == "eval":
             self.note(f"step {record['step']}  bits per byte: {bpb_text(record['bpb'])}")
+            for line in record.get("alarms", ()):
+                self.note(f"ALARM step {record['step']}  {line}")
         elif record["kind"] == "sample":
             self.note(f"step {record['step']}  sample:\n{record['prompt'] + record['text']}")
 
@@ -236,6 +216,8 @@ class LiveReporter:
         if record["kind"] == "eval":
             for source, value in record["bpb"].items():
                 self.bpb.setdefault(source, []).append(value)
+            for line in record.get("alarms", ()):
+                self.note(f"ALARM step {record['step']}  {line}")
         elif record["kind"] == "sample":
             self.sample = record
         self._draw()
@@ -295,69 +277,3 @@ def sparkline(values: Sequence[float] | deque[float]) -> str:
 def make_reporter(total_steps: int, every: int, title: str) -> Reporter:
     """The live panel on a terminal, plain lines elsewhere."""
     return LiveReporter(total_steps, title) if sys.stdout.isatty() else PlainReporter(total_steps, every)
-
-
-# ---------------------------------------------------------------- the picture
-
-
-def plot(run_dir: str | Path, out: str | Path | None = None) -> Path:
-    """Draw metrics.jsonl of a run as one PNG (default: run_dir/metrics.png) and return its path.
-
-    Four panels over steps, with phase bands: training loss, bits per byte by source, learning rate, and by MoE
-    layer the entropy of the experts' load.
-    """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display, 0.4 s only when used
-
-    run_dir = Path(run_dir)
-    records = read_metrics(run_dir)
-    steps = [r for r in records if r["kind"] == "step" and not r["skipped"]]
-    evals = [r for r in records if r["kind"] == "eval"]
-    if not steps:
-        raise ValueError(f"plot: run_dir must hold at least one training step, got {run_dir}")
-    sources = sorted({source for r in evals for source in r["bpb"]})
-    figure = Figure(figsize=(12, 7 + 0.09 * len(sources)), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True)
-    x = [r["step"] for r in steps]
-    axes[0, 0].plot(x, [r["loss"] for r in steps], linewidth=0.8)
-    axes[0, 0].set(ylabel="loss (nats per token)", title="training loss")
-    for i, source in enumerate(sources):
-        points = [(r["step"], r["bpb"][source]) for r in evals if source in r["bpb"]]
-        style = ("-", "--", ":", "-.")[i // 10 % 4]  # ten colours, then the next line style
-        axes[0, 1].plot(*zip(*points, strict=True), marker=".", linestyle=style, label=source)
-    axes[0, 1].set(ylabel="bits per byte", title="held-out text by source")
-    axes[1, 0].plot(x, [r["lr"] for r in steps])
-    axes[1, 0].set(ylabel="learning rate", xlabel="step", title="learning rate")
-    for layer in range(len(steps[0]["router"])):
-        axes[1, 1].plot(
-            x, [r["router"][layer]["load_entropy"] for r in steps], linewidth=0.8, label=f"MoE {layer}"
-        )
-    axes[1, 1].set(ylabel="entropy of the load / ln E", xlabel="step", title="router (1 = even)")
-    for axis in axes.flat:
-        _phase_bands(axis, steps)
-    if sources:  # below the panels: names may be many and long
-        figure.legend(
-            *axes[0, 1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7
-        )
-    if steps[0]["router"]:
-        axes[1, 1].legend(fontsize=8)
-    path = Path(out) if out is not None else run_dir / "metrics.png"
-    figure.savefig(path, dpi=120)
-    return path
-
-
-def _phase_bands(axis: Any, steps: Sequence[Record]) -> None:
-    start = 0
-    for i, record in enumerate(steps):
-        if i + 1 == len(steps) or steps[i + 1]["phase"] != record["phase"]:
-            index = len({r["phase"] for r in steps[:start]})
-            axis.axvspan(
-                steps[start]["step"] - 0.5, record["step"] + 0.5, alpha=0.06 + 0.08 * (index % 2), color="C0"
-            )
-            axis.annotate(
-                record["phase"],
-                (steps[start]["step"], 0.98),
-                xycoords=("data", "axes fraction"),
-                fontsize=7,
-                va="top",
-            )
-            start = i + 1

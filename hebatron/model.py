@@ -57,6 +57,7 @@ class RouterStats(NamedTuple):
     entropy: (
         Tensor  # of the experts' shares, divided by log E: 1 when all are used equally, 0 when one does all
     )
+    ids_TK: Tensor  # every token's experts, in the order of the packed tokens
 
 
 @dataclass
@@ -274,7 +275,7 @@ class MoE(nn.Module):
         stats = None
         if context.router_stats:
             loss = sequence_balance_loss(logits_TE, ids_TK, context.cu_seqlens)
-            stats = RouterStats(loss, counts_E.long(), load_entropy(counts_E))
+            stats = RouterStats(loss, counts_E.long(), load_entropy(counts_E), ids_TK)
         return y_TD, stats
 
 

@@ -28,10 +28,11 @@ from torch import Tensor
 from .checkpoint import remove_old, run_lock, save_checkpoint
 from .evaluate import bits_per_byte
 from .files import fsync
-from .metrics import METRICS, MetricsWriter, Record, Reporter, make_reporter, router_load
+from .metrics import METRICS, MetricsWriter, Record, Reporter, make_reporter
 from .model import RouterStats
 from .optim import clip_gradients, set_learning_rate, step_learning_rate
 from .plan import Step, rank_rows
+from .router import Health, LanguageCounts, alarms, router_load, token_languages
 from .run import Run, headline, open_run, resume, save_tokenizer, write_config
 from .runconfig import RunConfig, check_run_config, config_hash, describe, to_table
 
@@ -115,7 +116,7 @@ def loop(
         metrics.write(record)
         reporter.step(record, counts)
         if is_eval_step(run):
-            for event in evaluation_records(run, counts):
+            for event in evaluation_records(run, record, counts):
                 metrics.write(event)
                 reporter.event(event)
         save_due = save_due or run.step % settings.checkpoint_every == 0
@@ -146,7 +147,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
     # the gradient of one, however the loss-bearing tokens fall into them.
     tokens = sum(batch.input_ids.numel() for batch in batches)
     loss_tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
-    nll, routers = 0.0, RouterSums()
+    nll, routers, by_language = 0.0, RouterSums(), LanguageCounts()
     for batch in batches:
         output = run.model(
             batch.input_ids.to(device),
@@ -161,6 +162,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
         loss.backward()
         nll += float(output.loss.detach())
         routers.add(output.aux, weight)
+        by_language.add(output.aux, *token_languages(run.plan, batch.rows))
     grad_norm = clip_gradients(run.model, config.optimizer.grad_clip)
 
     skipped = not (math.isfinite(grad_norm) and math.isfinite(nll))
@@ -187,6 +189,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
         "anchor_tokens": sum(int(batch.row_starts.diff()[batch.is_anchor].sum()) for batch in batches),
         "skipped": skipped,
         "router": [router_load(counts) for counts in routers.counts],
+        **by_language.health(),
     }
     return record, [counts.tolist() for counts in routers.counts]
 
@@ -229,24 +232,28 @@ def is_eval_step(run: Run) -> bool:
     return ends_phase or run.step % run.config.training.eval_every == 0
 
 
-def evaluation_records(run: Run, counts: list[list[int]]) -> Iterator[Record]:
+def evaluation_records(run: Run, step: Record, counts: list[list[int]]) -> Iterator[Record]:
+    """`step`: the record of the step just done; the routers are judged by it where no text is held out."""
     settings, began = run.config.training, time.monotonic()
-    run.bpb = evaluate_held_out(run)
+    run.bpb, health = evaluate_held_out(run)
     yield {
         "kind": "eval",
         "step": run.step,
         "phase": run.steps[run.step - 1].phase,
         "bpb": run.bpb,
         "router_load": counts,
+        **health,
+        "alarms": alarms(health if run.held_out else step),
         "time": {"unix": time.time(), "seconds": time.monotonic() - began},
     }
     for prompt in settings.sample_prompts:
         yield {"kind": "sample", "step": run.step, "prompt": prompt, "text": sample(run, prompt)}
 
 
-def evaluate_held_out(run: Run) -> dict[str, float]:
-    """Bits per byte by source; a source name that two corpora share is written corpus/source."""
-    settings = run.config
+def evaluate_held_out(run: Run) -> tuple[dict[str, float], Health]:
+    """Bits per byte by source, and the routers' health on that text. A source name that two corpora share is
+    written corpus/source."""
+    settings, by_language = run.config, LanguageCounts()
     scores = [
         (name, source, value)
         for name, corpus in run.held_out
@@ -255,13 +262,14 @@ def evaluate_held_out(run: Run) -> dict[str, float]:
             corpus,
             max_tokens=settings.data.held_out_tokens,
             batch_tokens=settings.training.tokens_per_microbatch,
+            routing=by_language,
         ).items()
     ]
     sources = [source for _, source, _ in scores]
     bpb = {source if sources.count(source) == 1 else f"{name}/{source}": v for name, source, v in scores}
     if not all(map(math.isfinite, bpb.values())):
         raise Diverged(f"train: bits per byte must be finite, got {bpb} at step {run.step}")
-    return bpb
+    return bpb, by_language.health()
 
 
 def sample(run: Run, prompt: str) -> str:

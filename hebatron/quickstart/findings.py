@@ -118,5 +118,5 @@ class Findings:
     model_card: str
     phases: Sequence[PhaseRow]
     tokens_per_step: int
-    figure: Path  # the PNG of hebatron.metrics.plot
+    figure: Path  # the PNG of hebatron.figures.plot
     measured: Measured

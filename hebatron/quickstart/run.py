@@ -22,7 +22,8 @@ from hebatron.corpus import Corpus
 from hebatron.curriculum import build_plan
 from hebatron.data import prepare
 from hebatron.doctor import examine
-from hebatron.metrics import LiveReporter, PlainReporter, Record, Reporter, plot, read_metrics
+from hebatron.figures import plot
+from hebatron.metrics import LiveReporter, PlainReporter, Record, Reporter, read_metrics
 from hebatron.model import Hebatron
 from hebatron.quickstart import corpus as texts
 from hebatron.quickstart.checks import check_export, check_resume, check_speed

@@ -14,7 +14,7 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.metrics import plot
+    from hebatron.figures import plot
 
     try:
         path = plot(arguments.run_folder, arguments.out)

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from hebatron import metrics
+from hebatron.figures import plot
 from hebatron.metrics import (
     METRICS,
     LiveReporter,
@@ -19,12 +20,11 @@ from hebatron.metrics import (
     duration,
     load_bars,
     make_reporter,
-    plot,
     printable,
     read_metrics,
-    router_load,
     sparkline,
 )
+from hebatron.router import router_load
 
 
 def step(number: int, phase: str = "base", skipped: bool = False) -> dict[str, Any]:
@@ -98,19 +98,6 @@ def test_read_metrics_names_a_damaged_line(tmp_path: Path) -> None:
 def test_metrics_writer_refuses_nan(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / METRICS, 0) as writer, pytest.raises(ValueError, match="JSON compliant"):
         writer.write({"kind": "step", "step": 1, "loss": math.nan})
-
-
-def test_router_load_is_one_when_even_and_counts_the_dead() -> None:
-    assert router_load(torch.tensor([5, 5, 5, 5])) == {
-        "mean": 5.0,
-        "max_over_ideal": 1.0,
-        "dead": 0.0,
-        "load_entropy": pytest.approx(1.0),
-    }
-    collapsed = router_load(torch.tensor([20, 0, 0, 0]))
-    assert collapsed == {"mean": 5.0, "max_over_ideal": 4.0, "dead": 0.75, "load_entropy": pytest.approx(0.0)}
-    assert router_load(torch.zeros(4, dtype=torch.int64))["dead"] == 1.0
-    assert router_load(torch.tensor([7]))["load_entropy"] == 1.0
 
 
 def test_bars_and_durations_are_readable() -> None:

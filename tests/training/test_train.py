@@ -156,7 +156,7 @@ def test_train_learns_a_learnable_toy(root: Path, tmp_path: Path, compute_dtype:
         phases=(Phase("he", {"he": 1.0}, tokens=256 * 40, seq_len=32, anchor_share=0.25),),
         optimizer=replace(config.optimizer, learning_rate=1e-2),
     )
-    before = evaluate_held_out(open_run(config))
+    before, _ = evaluate_held_out(open_run(config))
     result = toy_train(config)
     losses = [record["loss"] for record in read_metrics(tmp_path) if record["kind"] == "step"]
     assert losses[0] > 5.5 and losses[-1] < 2.5
