@@ -20,6 +20,7 @@ from hebatron.verbs import (
     export_hf,
     generate,
     info,
+    plan,
     plot,
     quickstart,
     train,
@@ -79,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     data_prepare.register(data_verbs)
     data_score.register(data_verbs)
     data_inspect.register(data_verbs)
+    plan.register(verbs)
     train.register(verbs)
     evaluate.register(verbs)
     generate.register(verbs)

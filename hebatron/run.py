@@ -49,8 +49,8 @@ class Run:
         return self.config.run_dir / "checkpoints"
 
 
-def open_run(config: RunConfig) -> Run:
-    """Tokenizer, corpora, plan, model and optimizer of a run at step 0."""
+def open_plan(config: RunConfig) -> tuple[Plan, Tokenizer, list[tuple[str, Corpus]]]:
+    """The plan of a run, its tokenizer and its held-out text."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     corpora: dict[str, Corpus] = {}
     held_out: list[tuple[str, Corpus]] = []
@@ -63,18 +63,16 @@ def open_run(config: RunConfig) -> Run:
     folders = [(entry.name, Corpus.open(entry.path, tokenizer)) for entry in config.data.held_out]
     refuse_overlap(corpora, folders)
     held_out += folders
-    plan = build_plan(curriculum(config), corpora)
+    return build_plan(curriculum(config), corpora), tokenizer, held_out
+
+
+def open_run(config: RunConfig) -> Run:
+    """Tokenizer, corpora, plan, model and optimizer of a run at step 0."""
+    plan, tokenizer, held_out = open_plan(config)
     model = open_model(config, tokenizer)
     check_prompts(config, tokenizer, model)
-    return Run(
-        config,
-        tokenizer,
-        plan,
-        plan.steps(config.training.tokens_per_batch),
-        held_out,
-        model,
-        build_optimizer(model, config.optimizer),
-    )
+    steps = plan.steps(config.training.tokens_per_batch)
+    return Run(config, tokenizer, plan, steps, held_out, model, build_optimizer(model, config.optimizer))
 
 
 def refuse_overlap(corpora: dict[str, Corpus], held_out: list[tuple[str, Corpus]]) -> None:

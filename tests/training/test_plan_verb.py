@@ -1,0 +1,84 @@
+"""`hebatron plan`: what it prints is what the run will do."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from toy import toy_config, toy_train, write_corpora
+
+from hebatron.cli import main
+from hebatron.run import open_plan
+from hebatron.verbs.plan import describe
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpora")
+    write_corpora(folder)
+    return folder
+
+
+RUN = """
+run_dir = "{run_dir}"
+[model]
+preset = "tiny"
+[data]
+tokenizer = "{root}/tok"
+held_out_permille = 150
+corpora = [{{ name = "he", path = "{root}/he" }}, {{ name = "en", path = "{root}/en" }}]
+[anchor]
+en = 1.0
+[[phases]]
+name = "formal"
+tokens = 512
+seq_len = 16
+anchor_share = 0.25
+batch_tokens = [32, 128]
+sources = {{ he = 1.0 }}
+[training]
+tokens_per_batch = 64
+"""
+
+
+def test_plan_verb_prints_phases_steps_time_and_hashes(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(RUN.format(root=root, run_dir=tmp_path / "run"), encoding="utf-8")
+    printed = {}
+    for order in ("forward", "reversed"):
+        assert main(["plan", str(path), "--tokens-per-s", "8", "--order", order]) == 0
+        printed[order] = capsys.readouterr().out.splitlines()
+    lines = printed["forward"]
+    assert lines[1].split() == ["formal", "512", "100.0%", "25.00%", lines[1].split()[4], "16", "10", "1:04"]
+    assert any(line.split()[:4] == ["he", "384", "75.0%", line.split()[3]] for line in lines if line)
+    stages = [line.split() for line in lines if line.startswith("formal")][1:]
+    assert [stage[1:3] for stage in stages] == [["32", "8"], ["128", "2"]]
+    hashes = {
+        order: {name.split()[0]: name for name in some if name[:4] in ("plan", "rows", "anch")}
+        for order, some in printed.items()
+    }
+    assert hashes["forward"]["plan"] != hashes["reversed"]["plan"]
+    for name in ("rows", "anchor"):
+        assert hashes["forward"][name] == hashes["reversed"][name]
+    assert main(["plan", str(path)]) == 0
+    assert "give --tokens-per-s" in capsys.readouterr().out
+    assert main(["plan", str(path), "--tokens-per-s", "0"]) == 2
+    assert "--tokens-per-s must be above 0 and finite, got 0.0" in capsys.readouterr().err
+
+
+def test_plan_verb_takes_the_speed_from_the_run(root: Path, tmp_path: Path) -> None:
+    from hebatron.verbs.plan import measured_speed
+
+    assert measured_speed(tmp_path) is None
+    toy_train(toy_config(root, tmp_path), stop_after=2)
+    speed = measured_speed(tmp_path)
+    assert speed is not None and speed > 0
+
+
+def test_plan_verb_adds_up_for_named_orders(root: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(toy_config(root, tmp_path), order=("long", "base", "formal"))
+    lines = describe(config, open_plan(config)[0], 100.0)
+    assert "order long, base, formal" in lines
+    total = next(line for line in lines if line.startswith("all")).split()
+    assert total == ["all", "768", "12", "0:08"]
