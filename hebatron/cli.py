@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from hebatron.verbs import Arguments as Arguments
 from hebatron.verbs import (
+    average,
     data_inspect,
     data_prepare,
     data_score,
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     data_inspect.register(data_verbs)
     plan.register(verbs)
     train.register(verbs)
+    average.register(verbs)
     evaluate.register(verbs)
     generate.register(verbs)
     export = verbs.add_parser("export", help="write a model for others")

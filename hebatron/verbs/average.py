@@ -1,0 +1,20 @@
+"""`hebatron average`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hebatron.verbs import Arguments, VerbGroup, add_verb
+
+
+def register(group: VerbGroup) -> None:
+    average = add_verb(group, "average", run, "the mean of a run's last checkpoints, as a model")
+    average.add_argument("run_dir", metavar="RUN", type=Path)
+    average.add_argument("--last", type=int, default=5, help="how many checkpoints (default 5)")
+
+
+def run(arguments: Arguments) -> int:
+    from hebatron.average import average_checkpoints
+
+    print(average_checkpoints(arguments.run_dir, arguments.last))
+    return 0
