@@ -58,6 +58,20 @@ def test_resume_after_each_single_step_equals_the_uninterrupted_run(
     assert_same_run(tmp_path, whole[1])
 
 
+def test_resume_after_each_step_of_a_shuffled_run_with_a_ramp(
+    whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def config(run_dir: Path) -> RunConfig:
+        plain = toy_config(whole[0], run_dir)
+        phases = (replace(plain.phases[0], batch_tokens=(32, 128)), *plain.phases[1:])
+        return replace(plain, phases=phases, order="shuffled")
+
+    total = toy_train(config(tmp_path / "whole")).step
+    for step in range(1, total + 1):
+        assert toy_train(config(tmp_path / "parts"), stop_after=step).step == step
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_resume_of_a_finished_run_changes_nothing(whole: tuple[Path, Path]) -> None:
     files = [
         path for path in whole[1].rglob("*") if path.is_file() and path.name not in ("config.json", "lock")
