@@ -86,6 +86,22 @@ class Tokenizer:
         self._backend.encode_special_tokens = not special
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode(text, special=True)` and each token's [start, end) in characters of `text`.
+
+        Both tokens of a character cut in two have the whole character.
+        """
+        self._backend.encode_special_tokens = False
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """The tokens that a text may only get from a chat template; <think> and <tool_call> are ordinary text."""
+        added = self._backend.get_added_tokens_decoder().values()
+        tags = ("<think", "</think", "<tool_", "</tool_")
+        return frozenset(t.content for t in added if t.special and not t.content.startswith(tags))
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)

@@ -1,0 +1,263 @@
+"""Chat templates: Jinja text, rendered in a sandbox and never executed otherwise.
+
+    template = ChatTemplate(tokenizer.chat_template or NEMOTRON3)
+    text = template.render(messages, generation=True, thinking=False)
+
+A template comes with a checkpoint, so it is a stranger's program. It sees plain data only; attributes that lead to
+the interpreter are refused by jinja2's immutable sandbox, and loops, calls and texts are bounded here. Not bounded:
+one filter that makes one huge text, such as `center`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+Message = dict[str, Any]
+
+MAX_STEPS = 200_000  # loop rounds and calls of one rendering; a chat of 1,000 messages takes about 5,000
+MAX_CHARS = 1 << 24  # of a rendering, and of any text put together on the way
+
+# The Nemotron-3 form: a system turn that is there even when empty; an assistant turn that begins with its reasoning
+# between <think> tags, empty if there is none; reasoning before the last user turn left out unless
+# truncate_history_thinking is false; tool calls as tagged text and their answers in a user turn. A list of `tools`
+# is refused: the wording that introduces it belongs to the checkpoint's own template.
+NEMOTRON3 = r"""
+{%- if tools %}{{ raise_exception("tools need the checkpoint's own chat template") }}{% endif %}
+{%- set forget = truncate_history_thinking | default(true) %}
+{%- set seen = namespace(last_user=-1) %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{% set seen.last_user = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- set first_is_system = messages[0].role == "system" %}
+{{- "<|im_start|>system\n" ~ (messages[0].content if first_is_system else "") ~ "<|im_end|>\n" }}
+{%- for message in messages %}
+    {%- if first_is_system and loop.first %}
+    {%- elif message.role == "assistant" %}
+        {%- set past = forget and loop.index0 < seen.last_user %}
+        {%- set text = message.content or "" %}
+        {%- if message.reasoning_content and message.reasoning_content | trim %}
+            {%- set text = "<think>\n" ~ message.reasoning_content ~ "\n</think>\n" ~ text %}
+        {%- elif "<think>" not in text and "</think>" not in text %}
+            {%- set text = "<think></think>" ~ text %}
+        {%- endif %}
+        {%- if past and message.tool_calls %}
+            {%- set rest = text.split("</think>")[-1] if "</think>" in text else text.split("<think>")[0] %}
+            {%- set text = "<think></think>" ~ (rest | trim) %}
+        {%- elif past and "<think>" in text and "</think>" in text %}
+            {%- set text = "<think></think>" ~ text.split("</think>")[-1] %}
+        {%- endif %}
+        {{- "<|im_start|>assistant\n" ~ (text | trim) }}
+        {%- if message.tool_calls %}
+            {{- "\n" }}
+            {%- for call in message.tool_calls %}
+                {%- set call = call.function or call %}
+                {{- "<tool_call>\n<function=" ~ call.name ~ ">\n" }}
+                {%- for name, value in (call.arguments or {}) | items %}
+                    {%- set plain = value is string or not (value is mapping or value is sequence) %}
+                    {{- "<parameter=" ~ name ~ ">\n" ~ (value if plain else value | tojson) ~ "\n</parameter>\n" }}
+                {%- endfor %}
+                {{- "</function>\n</tool_call>\n" }}
+            {%- endfor %}
+        {%- endif %}
+        {{- "<|im_end|>\n" }}
+    {%- elif message.role == "tool" %}
+        {%- if loop.previtem and loop.previtem.role != "tool" %}{{ "<|im_start|>user\n" }}{% endif %}
+        {{- "<tool_response>\n" ~ message.content ~ "\n</tool_response>\n" }}
+        {%- if loop.last or loop.nextitem.role != "tool" %}{{ "<|im_end|>\n" }}{% endif %}
+    {%- else %}
+        {{- "<|im_start|>" ~ message.role ~ "\n" ~ message.content ~ "<|im_end|>\n" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\n" ~ ("<think>\n" if enable_thinking | default(true) else "<think></think>") }}
+{%- endif %}
+"""
+
+
+class TemplateError(ValueError):
+    """A chat template is broken, refused the messages, or did what the sandbox forbids."""
+
+
+class ChatTemplate:
+    """One compiled template; `render` is a pure function of its arguments."""
+
+    def __init__(self, text: str, bos_token: str = "", eos_token: str = "") -> None:
+        """text: Jinja. bos_token, eos_token: what the template may write under these names.
+
+        Raises: TemplateError for a template that does not compile; ValueError where jinja2 is not installed.
+        """
+        self.text = text
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._compiled, self._budget, self._error = _compile(text)
+
+    @property
+    def reads_reasoning(self) -> bool:
+        """Whether a message's reasoning_content has a place of its own in it."""
+        return "reasoning_content" in self.text
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        generation: bool = False,
+        thinking: bool = True,
+        keep_reasoning: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> str:
+        """The messages as text.
+
+        Args:
+            generation: end with the opening of an assistant turn, for the model to go on from.
+            thinking: that opening asks for reasoning first, where the template knows of it.
+            keep_reasoning: earlier turns keep their reasoning (the hub's form leaves it out).
+        Raises: TemplateError.
+        """
+        self._budget.reset()
+        try:
+            pieces, size = [], 0
+            for piece in self._compiled.generate(
+                messages=list(messages),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=generation,
+                enable_thinking=thinking,
+                truncate_history_thinking=not keep_reasoning,
+                **self._tokens,
+            ):
+                size += len(piece)
+                self._budget.check_size(size)
+                pieces.append(piece)
+            return "".join(pieces)
+        except (self._error, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            raise TemplateError(
+                f"chat template: messages must be what it can render, got {type(error).__name__}: {error}"
+            ) from error
+
+
+class _Budget:
+    """What one rendering may still spend."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def reset(self) -> None:
+        self.steps = 0
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise ValueError(f"a rendering must take at most {MAX_STEPS:,} loop rounds and calls, got more")
+
+    def check_size(self, size: float) -> None:
+        if size > MAX_CHARS:
+            raise ValueError(f"a text must have at most {MAX_CHARS:,} characters, got more")
+
+    def rounds(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            self.step()
+            yield item
+
+    def sized(self, text: Any) -> Any:
+        self.check_size(len(text))
+        return text
+
+
+def _compile(text: str) -> tuple[Any, _Budget, type[Exception]]:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ValueError(
+            "chat template: jinja2 must be installed, got none; pip install 'hebatron[chat]'"
+        ) from error
+    budget = _Budget()
+    environment = _environment(budget)
+    try:
+        return environment.from_string(text), budget, jinja2.TemplateError
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise TemplateError(f"chat template: text must be a Jinja template, got {error}") from error
+
+
+def _environment(budget: _Budget) -> Any:
+    """jinja2's immutable sandbox with the names chat templates expect, and every loop and call counted."""
+    from jinja2 import nodes
+    from jinja2.exceptions import TemplateError as JinjaError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.visitor import NodeTransformer
+
+    class Counted(NodeTransformer):
+        """Loops go through budget.rounds, joined texts through budget.sized."""
+
+        def visit_For(self, node: Any) -> Any:
+            node = self.generic_visit(node)
+            node.iter = nodes.Filter(node.iter, "_rounds", [], [], None, None, lineno=node.lineno)
+            return node
+
+        def visit_Concat(self, node: Any) -> Any:
+            node = self.generic_visit(node)
+            return nodes.Filter(node, "_sized", [], [], None, None, lineno=node.lineno)
+
+    class Generation(Extension):
+        """{% generation %} marks answers for other trainers; here it renders what is inside."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+        def _parse(self, source: str, name: Any, filename: Any) -> Any:
+            return Counted().visit(super()._parse(source, name, filename))
+
+        def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+            budget.step()
+            return super().call(context, function, *args, **kwargs)
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "**":
+                raise ValueError("a template must not use **, got one")
+            if operator == "%" and isinstance(left, str):
+                raise ValueError("a template must not format text by %, got one")
+            sizes = [len(side) if hasattr(side, "__len__") else side for side in (left, right)]
+            if operator == "*":
+                budget.check_size(abs(sizes[0] * sizes[1]))
+            elif isinstance(left, str) and isinstance(right, str):
+                budget.check_size(sizes[0] + sizes[1])
+            return super().call_binop(context, operator, left, right)
+
+    def refuse(message: str) -> None:
+        raise JinjaError(message)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters |= {"_rounds": budget.rounds, "_sized": budget.sized, "tojson": _to_json}
+    environment.globals["raise_exception"] = refuse
+    return environment
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """Plain JSON: jinja2's own filter escapes < and & for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+@functools.lru_cache(maxsize=8)
+def end_of_turn(template: ChatTemplate, control_tokens: frozenset[str]) -> str:
+    """The control token that ends an assistant turn: the first one behind an answer's text.
+
+    Raises: TemplateError if there is none: then a model could not learn where to stop.
+    """
+    probe = "0451"  # no case to change, nothing to trim
+    text = template.render([{"role": "user", "content": "?"}, {"role": "assistant", "content": probe}])
+    tail = text[text.rindex(probe) + len(probe) :] if probe in text else ""
+    places = sorted((tail.index(token), -len(token), token) for token in control_tokens if token in tail)
+    if not places:
+        raise TemplateError(
+            f"chat template: an assistant turn must end with a control token of the tokenizer, got {tail!r} behind it"
+        )
+    return places[0][2]
