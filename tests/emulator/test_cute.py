@@ -18,7 +18,7 @@ Bits = NDArray[np.uint16]
 
 
 class Cute:
-    """CuTe's answers, by tests/emulator/cute_oracle.cpp."""
+    """CuTe's answers, by cases/cute_oracle.cpp."""
 
     def __init__(self, path: Path):
         self._library = ctypes.CDLL(str(path))
@@ -62,7 +62,7 @@ def cute(tmp_path_factory: pytest.TempPathFactory) -> Cute:
     includes = [f"-I{cutlass}", f"-I{cuda}/include", f"-I{cuda}/include/cccl"]
     path = tmp_path_factory.mktemp("cute") / "libcute_oracle.so"
     command = ["g++", "-std=c++17", "-O0", "-w", "-DNDEBUG", "-shared", "-fPIC", *includes]
-    subprocess.run([*command, str(HERE / "cute_oracle.cpp"), "-o", str(path)], check=True)
+    subprocess.run([*command, str(HERE / "cases" / "cute_oracle.cpp"), "-o", str(path)], check=True)
     return Cute(path)
 
 
