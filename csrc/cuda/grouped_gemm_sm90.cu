@@ -257,6 +257,8 @@ HEBATRON_DEVICE void consume(const Problem& p, const Shared<C>& shared) {
       reading = ring.stage;
     }
     wgmma_wait<0>();
+#pragma unroll
+    for (int m = 0; m < C::kAtoms; m++) wgmma_hold(acc[m]);
     if (speaks) mbarrier_arrive(&shared.empty[reading]);
 #pragma unroll
     for (int m = 0; m < C::kAtoms; m++) store_rows<C::kTileN>(acc[m], p, tile, tile.row + (first_atom + m) * kAtomM);
@@ -355,7 +357,7 @@ GroupedGemmTile sm90_tile(int64_t rows, int64_t experts, int64_t n, int64_t sms)
 }
 
 const char* refuse_grouped_gemm_sm90(const GroupedGemmArgs& args) {
-  constexpr int64_t kMaxInt = 0x7fffffff;
+  constexpr int64_t kMaxInt = 0x7fffffff, kMaxStride = int64_t(1) << 39;
   const int64_t b_expert_stride = args.experts == 1 ? args.b_stride : args.b_expert_stride;  // of one: any
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   if (args.experts > kMaxExperts) return "experts must be at most 512";
@@ -369,8 +371,11 @@ const char* refuse_grouped_gemm_sm90(const GroupedGemmArgs& args) {
   if (args.n % 8 != 0) return "n must be a multiple of 8";
   if (args.a_stride % 8 != 0) return "the row stride of a must be a multiple of 8";
   if (args.b_stride % 8 != 0 || b_expert_stride % 8 != 0) return "the strides of b must be multiples of 8";
-  if (args.b_stride < 1 || b_expert_stride < 1) return "the strides of b must be positive";
-  if (!args.rows_of_a && args.a_stride < 1) return "the row stride of a must be positive";
+  // What a tensor map cannot say: rows that overlap, strides of 2^40 bytes.
+  if (args.b_stride < args.k || b_expert_stride < args.b_stride) return "the rows and experts of b must not overlap";
+  if (!args.rows_of_a && args.a_stride < args.k) return "the rows of a must not overlap";
+  if (args.b_stride >= kMaxStride || b_expert_stride >= kMaxStride || args.a_stride >= kMaxStride)
+    return "strides must be less than 2^39";
   if ((address(args.a) | address(args.b) | address(args.out)) % 16 != 0) return "a, b and out must start on 16 bytes";
   if (args.k > kMaxInt - kStepK || args.n > kMaxInt - 256) return "k and n must be less than 2^31 - 256";
   const bool reached = !args.rows_of_a || args.a_rows * (args.a_stride / 8) <= int64_t(1) << 32;

@@ -261,6 +261,8 @@ void rms_norm_bwd(const RmsNormBwdArgs& b, const Exec& exec) {
   check_args(a);
   check(exec.bytes_workspace >= rms_norm_bwd_workspace(b), "rms_norm[cuda]", "workspace is too small",
         exec.bytes_workspace);
+  check(reinterpret_cast<uintptr_t>(exec.workspace) % 16 == 0, "rms_norm[cuda]", "workspace must start on 16 bytes",
+        int64_t(reinterpret_cast<uintptr_t>(exec.workspace)));
   DeviceGuard guard(exec);
   check_pointers({{"grad_weight", b.grad_weight}}, exec);
   if (a.rows == 0) {

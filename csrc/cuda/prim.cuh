@@ -10,7 +10,8 @@
 // Warp collectives (shfl*, ballot, any, all, elect_one, ldmatrix*, stmatrix*, mma*) need all 32 lanes; wgmma* needs the 128
 // threads of a warpgroup. wgmma_ss<kTransA, kTransB> takes descriptors of shared memory tiles (0: K-major, 1: MN-major),
 // wgmma_rs<kTransB> takes A from registers in the fragment of mma_m16n8k16; N is twice the accumulator's length.
-// cp.async and plain stores write through the generic proxy; TMA and wgmma go through the async proxy: what one writes
+// What reads an accumulator stands behind wgmma_wait and wgmma_hold(accumulator). load_streaming is for memory that no
+// thread writes while the kernel runs. cp.async and plain stores write through the generic proxy; TMA and wgmma go through the async proxy: what one writes
 // the other sees only across fence_proxy_async (TMA's own mbarrier needs none).
 #pragma once
 #include <cstring>

@@ -164,6 +164,18 @@ def test_grouped_gemm_emulated_matches_oracle(tile, case, width, form):
     testing.check_oracle(emulated_gemm(tile), args, torch.bfloat16, "emulator", grad=False)
 
 
+def test_grouped_gemm_emulated_takes_overlapping_rows_without_tensor_maps():
+    # a tensor map cannot describe rows that overlap: sm90a refuses them by name, and the automatic choice is sm80
+    a = torch.randn(8 * 8 + 64).bfloat16().as_strided((8, 64), (8, 1))
+    b = torch.randn(2, 16, 64).bfloat16().transpose(1, 2)
+    ends = torch.tensor([5, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"grouped_gemm\[sm90a\]: the rows of a must not overlap"):
+        hk.grouped_gemm(a, b, ends, implementation="sm90a", backend="emulator")
+    got = hk.grouped_gemm(a, b, ends, backend="emulator")
+    want = hk.grouped_gemm(a.contiguous(), b, ends, implementation="sm80", backend="emulator")
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("checked_build", [False, True])
 def test_grouped_gemm_emulated_fits_a_chip_with_less_shared_memory(checked_build):
     # 99 KB a block, as sm_86, sm_89 and sm_120 have: 128x128 runs with three stages there

@@ -21,14 +21,18 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(const Exec& exec) {
     check_cuda(cudaGetDevice(&before_), "device");
-    if (exec.device != before_) check_cuda(cudaSetDevice(exec.device), "device");
+    changed_ = exec.device != before_;
+    if (changed_) check_cuda(cudaSetDevice(exec.device), "device");
   }
-  ~DeviceGuard() { cudaSetDevice(before_); }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(before_);  // not otherwise: it would open a context on a device that nobody uses
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 // A pointer the kernel will follow must be memory of exec.device: a host pointer would fault, and take the context with it.

@@ -86,7 +86,7 @@ HEBATRON_DEVICE void store_release(uint32_t* p, uint32_t v) {
 // Loads and stores with cache hints
 HEBATRON_DEVICE uint4 load_streaming(const void* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
 HEBATRON_DEVICE void store_streaming(void* p, uint4 v) {

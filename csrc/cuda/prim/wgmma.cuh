@@ -11,6 +11,12 @@ template <int kPending>
 HEBATRON_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+// After wgmma_wait: ties the accumulator to this place, so that what reads it cannot be moved ahead of the wait.
+template <int kCount>
+HEBATRON_DEVICE void wgmma_hold(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
 
 // clang-format off
 #define HEBATRON_N2(p) "%" #p "0, %" #p "1"
