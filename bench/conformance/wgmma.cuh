@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kWarpgroup) product(const uint4* a, const uint
     wgmma_ss<kTransA, kTransB>(d, step_descriptor<kTransA>(smem, k), step_descriptor<kTransB>(smem + kBytesA, k), !(fresh && k == 0));
   wgmma_commit();
   wgmma_wait<0>();
+  wgmma_hold(d);
 #pragma unroll
   for (int i = 0; i < kN / 2; i++) out[i * kWarpgroup + t] = d[i];
 }
@@ -61,6 +62,7 @@ __global__ void __launch_bounds__(kWarpgroup) product_registers(const uint32_t* 
   for (int k = 0; k < kSteps; k++) wgmma_rs<kTransB>(d, fragment[k], step_descriptor<kTransB>(smem, k), !(fresh && k == 0));
   wgmma_commit();
   wgmma_wait<0>();
+  wgmma_hold(d);
 #pragma unroll
   for (int i = 0; i < kN / 2; i++) out[i * kWarpgroup + t] = d[i];
 }
@@ -88,9 +90,11 @@ __global__ void __launch_bounds__(kWarpgroup) two_groups(const uint4* a, const u
   for (int k = 0; k < 2; k++) wgmma_ss<0, 0>(second, step_descriptor<0>(smem, k), step_descriptor<0>(smem + kBytesA, k), true);
   wgmma_commit();
   wgmma_wait<1>();
+  wgmma_hold(first);
 #pragma unroll
   for (int i = 0; i < 32; i++) out[i * kWarpgroup + t] = first[i];
   wgmma_wait<0>();
+  wgmma_hold(second);
 #pragma unroll
   for (int i = 0; i < 32; i++) out[(32 + i) * kWarpgroup + t] = second[i];
 }
