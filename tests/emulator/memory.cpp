@@ -5,12 +5,9 @@
 // later one. The async proxy (TMA, wgmma) sees a plain or cp.async write only through the thread's second clock, which
 // fence_proxy_async moves. Accesses of kernel code arrive through the hooks that g++ -fsanitize=thread calls; no sanitizer
 // runtime is linked.
-#include <cxxabi.h>
-#include <dlfcn.h>
 #include <link.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <unordered_map>
@@ -139,51 +136,6 @@ void fence_proxy_async() {
   if (!checked()) return;
   self->clocks.async.join(self->clocks.generic);
   self->clocks.generic.at(self->block->number, uint32_t(self->id))++;
-}
-
-// ---- the lines of a kernel ----
-std::string line_of(const void* return_address) {
-  Dl_info info;
-  if (!return_address || !dladdr(return_address, &info) || !info.dli_fname) return "an unknown line";
-  static std::unordered_map<const void*, std::string> known;
-  auto [entry, fresh] = known.try_emplace(return_address);
-  if (!fresh) return entry->second;
-  char command[1024];
-  const size_t offset = size_t(static_cast<const char*>(return_address) - static_cast<const char*>(info.dli_fbase)) - 1;
-  snprintf(command, sizeof command, "addr2line -f -i -C -e '%s' 0x%zx 2>/dev/null", info.dli_fname, offset);
-  std::string found, helper;
-  if (FILE* pipe = popen(command, "r")) {
-    char function[4096], place[4096];
-    while (fgets(function, sizeof function, pipe) && fgets(place, sizeof place, pipe)) {
-      std::string file = place, name = function;
-      file = file.substr(0, file.find_first_of(" \n"));
-      const size_t slash = file.find_last_of('/');
-      const std::string base = file.substr(slash + 1, file.rfind(':') - slash - 1);  // npos + 1 is 0
-      if (base == "prim.h") continue;  // the primitive's own body, inlined into the kernel
-      for (const char* root : {"/csrc/", "/tests/", "/bench/"}) {
-        const size_t at = file.rfind(root);
-        if (at != std::string::npos) file = file.substr(at + 1);
-      }
-      if (base == "prim.cuh") {  // a helper that kernels share: its line, and the kernel's that called it
-        if (helper.empty()) helper = file;
-        continue;
-      }
-      for (size_t at; (at = name.find("(anonymous namespace)::")) != std::string::npos;) name.erase(at, 23);
-      name = name.substr(0, name.find_first_of("(<\n"));
-      const size_t colon = name.rfind("::"), space = name.rfind(' ');
-      if (colon != std::string::npos) name = name.substr(colon + 2);
-      else if (space != std::string::npos) name = name.substr(space + 1);
-      found = file + " (" + name + ")";
-      break;
-    }
-    pclose(pipe);
-  }
-  if (!helper.empty()) found += (found.empty() ? "" : ", in ") + helper;
-  if (found.empty()) {
-    snprintf(command, sizeof command, "%s+0x%zx (no line: is addr2line installed?)", info.dli_fname, offset);
-    found = command;
-  }
-  return entry->second = found;
 }
 
 // ---- memory and who touched it ----
