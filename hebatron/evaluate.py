@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -44,14 +45,21 @@ def bits_per_byte(
         raise ValueError(f"bits_per_byte: batch_tokens must be >= 1, got {batch_tokens}")
     if max_tokens is not None and max_tokens < 2:  # one to read and one to predict
         raise ValueError(f"bits_per_byte: max_tokens must be None or >= 2, got {max_tokens}")
+    with evaluating(model):
+        return {
+            source: _score(model, corpus, documents, batch_tokens, routing)
+            for source, documents in choose_documents(corpus, max_tokens).items()
+        }
+
+
+@contextlib.contextmanager
+def evaluating(model: Hebatron) -> Iterator[None]:
+    """The model in evaluation mode and no gradients recorded; its mode is put back, after an error too."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return {
-                source: _score(model, corpus, documents, batch_tokens, routing)
-                for source, documents in choose_documents(corpus, max_tokens).items()
-            }
+            yield
     finally:
         model.train(was_training)
 
