@@ -1,0 +1,241 @@
+// What      acc[rows][4 * kLanes] += A B, the one register tile under every matrix product on the CPU, and the packing of B.
+// Grid      called by one thread: 1 to 6 rows x 4 vectors. With 32 registers 24 accumulators, 4 of B and 1 of A fit; the
+//           ISAs with 16 walk k twice, over half of the columns each.
+// Traffic   per step of k (a unit: one fp32 or two bf16) 16 * kLanes bytes of B and 4 bytes of A a row: 10.7 bytes of B a
+//           cycle on AVX-512, so B may stream from L2.
+// Roofline  compute: vdpbf16ps, fp32 FMA elsewhere.
+// Measured  never on its own: see the kernels built on it.
+// Limits    fp32, or bf16 with fp32 accumulation; vdpbf16ps takes denormals as 0. A panel's columns past the matrix and an
+//           odd last k hold zeros; A must hold a zero (any finite value) there as well.
+// Why so    a row's sum is one chain of additions in the order of k, whatever the number of rows beside it, so a result
+//           does not depend on the batch; with one row the tile is the matrix-vector product over the same panels.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "cpu/simd.h"
+
+#define HEBATRON_INLINE static inline __attribute__((always_inline))
+#define HEBATRON_UNROLL _Pragma("GCC unroll 8")
+
+namespace hebatron::HEBATRON_ISA_NAMESPACE {
+namespace {
+
+constexpr int kTileRows = 6, kTileVectors = 4;
+constexpr int kTileColumns = kTileVectors * kLanes;  // 64, or 32 where a vector has 8 lanes
+template <class T>
+constexpr int kUnit = 4 / int(sizeof(T));  // elements of k that are multiplied in one step
+
+// A panel of B: kTileColumns columns beside one another, [units of k][kTileColumns][kUnit].
+template <class T>
+static inline int64_t units_of(int64_t k) { return (k + kUnit<T> - 1) / kUnit<T>; }
+template <class T>
+static inline int64_t panel_elements(int64_t k) { return units_of<T>(k) * kTileColumns * kUnit<T>; }
+static inline int64_t panels_of(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
+
+// kLanes units of 32 bits as they lie in memory: fp32 values, or pairs of bf16 whose first is the low half.
+#if defined(HEBATRON_ISA_AVX512) || defined(HEBATRON_ISA_AVX512_BF16)
+struct Units {
+  __m512i v;
+};
+HEBATRON_INLINE Units load_units(const void* p) { return {_mm512_loadu_si512(p)}; }
+HEBATRON_INLINE Units set1_units(uint32_t u) { return {_mm512_set1_epi32(int(u))}; }
+HEBATRON_INLINE Vec as_float(Units u) { return {_mm512_castsi512_ps(u.v)}; }
+HEBATRON_INLINE Vec first_of(Units u) { return {_mm512_castsi512_ps(_mm512_slli_epi32(u.v, 16))}; }
+HEBATRON_INLINE Vec second_of(Units u) { return {_mm512_castsi512_ps(_mm512_and_si512(u.v, _mm512_set1_epi32(int(0xffff0000u))))}; }
+#elif defined(HEBATRON_ISA_AVX2)
+struct Units {
+  __m256i v;
+};
+HEBATRON_INLINE Units load_units(const void* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+HEBATRON_INLINE Units set1_units(uint32_t u) { return {_mm256_set1_epi32(int(u))}; }
+HEBATRON_INLINE Vec as_float(Units u) { return {_mm256_castsi256_ps(u.v)}; }
+HEBATRON_INLINE Vec first_of(Units u) { return {_mm256_castsi256_ps(_mm256_slli_epi32(u.v, 16))}; }
+HEBATRON_INLINE Vec second_of(Units u) { return {_mm256_castsi256_ps(_mm256_and_si256(u.v, _mm256_set1_epi32(int(0xffff0000u))))}; }
+#else
+struct Units {
+  uint32_t v[kLanes];
+};
+HEBATRON_INLINE float float_of(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+HEBATRON_INLINE Units load_units(const void* p) {
+  Units u;
+  std::memcpy(u.v, p, sizeof u.v);
+  return u;
+}
+HEBATRON_INLINE Units set1_units(uint32_t a) {
+  Units u;
+  for (uint32_t& lane : u.v) lane = a;
+  return u;
+}
+HEBATRON_INLINE Vec as_float(Units u) { HEBATRON_LANES(float_of(u.v[i])) }
+HEBATRON_INLINE Vec first_of(Units u) { HEBATRON_LANES(float_of(u.v[i] << 16)) }
+HEBATRON_INLINE Vec second_of(Units u) { HEBATRON_LANES(float_of(u.v[i] & 0xffff0000u)) }
+#endif
+
+// c + the one product of fp32 units, or the two of bf16 units.
+template <class T>
+HEBATRON_INLINE Vec multiply_add(Units a, Units b, Vec c) {
+  if constexpr (std::is_same_v<T, float>) return fma(as_float(a), as_float(b), c);
+#if defined(HEBATRON_ISA_AVX512_BF16)
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+#else
+  return fma(second_of(a), second_of(b), fma(first_of(a), first_of(b), c));
+#endif
+}
+
+template <class T, int MR, int kFirst, int kCount>
+HEBATRON_INLINE void tile_part(Vec (&acc)[MR][kTileVectors], const T* a, int64_t ai, int64_t ak, const T* b, int64_t units) {
+  for (int64_t k = 0; k < units; k++, a += ak, b += kTileColumns * kUnit<T>) {
+    Units columns[kCount];
+    HEBATRON_UNROLL for (int j = 0; j < kCount; j++) columns[j] = load_units(b + (kFirst + j) * kLanes * kUnit<T>);
+    HEBATRON_UNROLL for (int i = 0; i < MR; i++) {
+      uint32_t u;
+      std::memcpy(&u, a + i * ai, 4);
+      const Units row = set1_units(u);
+      HEBATRON_UNROLL for (int j = 0; j < kCount; j++)
+        acc[i][kFirst + j] = multiply_add<T>(row, columns[j], acc[i][kFirst + j]);
+    }
+  }
+}
+
+// acc += A B over `units` steps of k. Step u of row i of A are the kUnit<T> elements from a[i * ai + u * ak] on (ak is
+// kUnit<T> where k is contiguous); b is a panel, or the part of one from some step of k on.
+template <class T, int MR>
+HEBATRON_INLINE void tile(Vec (&acc)[MR][kTileVectors], const T* a, int64_t ai, int64_t ak, const T* b, int64_t units) {
+  if constexpr (kLanes == 16) {
+    tile_part<T, MR, 0, 4>(acc, a, ai, ak, b, units);
+  } else {
+    tile_part<T, MR, 0, 2>(acc, a, ai, ak, b, units);
+    tile_part<T, MR, 2, 2>(acc, a, ai, ak, b, units);
+  }
+}
+
+template <int MR>
+HEBATRON_INLINE void clear(Vec (&acc)[MR][kTileVectors]) {
+  HEBATRON_UNROLL for (int i = 0; i < MR; i++) HEBATRON_UNROLL for (int j = 0; j < kTileVectors; j++) acc[i][j] = set1(0.0f);
+}
+
+// Calls body(first row, std::integral_constant<int, MR>) for strips of six rows and once for the one to five left over.
+template <class Body>
+HEBATRON_INLINE void for_strips(int64_t rows, const Body& body) {
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) body(r, std::integral_constant<int, kTileRows>());
+  switch (rows - r) {
+    case 1: return body(r, std::integral_constant<int, 1>());
+    case 2: return body(r, std::integral_constant<int, 2>());
+    case 3: return body(r, std::integral_constant<int, 3>());
+    case 4: return body(r, std::integral_constant<int, 4>());
+    case 5: return body(r, std::integral_constant<int, 5>());
+  }
+}
+
+// rows x columns of units, transposed in place.
+#if defined(HEBATRON_ISA_AVX512) || defined(HEBATRON_ISA_AVX512_BF16)
+HEBATRON_INLINE void transpose(Units (&u)[kLanes]) {
+  __m512i t[16];
+  HEBATRON_UNROLL for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(u[i].v, u[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_epi32(u[i].v, u[i + 1].v);
+  }
+  HEBATRON_UNROLL for (int i = 0; i < 16; i += 4) HEBATRON_UNROLL for (int j = 0; j < 2; j++) {
+    u[i + 2 * j].v = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+    u[i + 2 * j + 1].v = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+  }
+  HEBATRON_UNROLL for (int i = 0; i < 4; i++) {  // u[4g + i]: rows 4g to 4g + 3, column i of each 128-bit part
+    const __m512i low = _mm512_shuffle_i32x4(u[i].v, u[4 + i].v, 0x88), high = _mm512_shuffle_i32x4(u[i].v, u[4 + i].v, 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(u[8 + i].v, u[12 + i].v, 0x88), high2 = _mm512_shuffle_i32x4(u[8 + i].v, u[12 + i].v, 0xdd);
+    t[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+    t[8 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    t[4 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+  HEBATRON_UNROLL for (int i = 0; i < 16; i++) u[i].v = t[i];
+}
+#elif defined(HEBATRON_ISA_AVX2)
+HEBATRON_INLINE void transpose(Units (&u)[kLanes]) {
+  __m256i t[8];
+  HEBATRON_UNROLL for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(u[i].v, u[i + 1].v);
+    t[i + 1] = _mm256_unpackhi_epi32(u[i].v, u[i + 1].v);
+  }
+  HEBATRON_UNROLL for (int i = 0; i < 8; i += 4) HEBATRON_UNROLL for (int j = 0; j < 2; j++) {
+    u[i + 2 * j].v = _mm256_unpacklo_epi64(t[i + j], t[i + j + 2]);
+    u[i + 2 * j + 1].v = _mm256_unpackhi_epi64(t[i + j], t[i + j + 2]);
+  }
+  HEBATRON_UNROLL for (int i = 0; i < 4; i++) {
+    t[i] = _mm256_permute2x128_si256(u[i].v, u[4 + i].v, 0x20);
+    t[4 + i] = _mm256_permute2x128_si256(u[i].v, u[4 + i].v, 0x31);
+  }
+  HEBATRON_UNROLL for (int i = 0; i < 8; i++) u[i].v = t[i];
+}
+#else
+HEBATRON_INLINE void transpose(Units (&u)[kLanes]) {
+  for (int i = 0; i < kLanes; i++)
+    for (int j = 0; j < i; j++) std::swap(u[i].v[j], u[j].v[i]);
+}
+#endif
+HEBATRON_INLINE void store_units(void* p, const Units& u) { std::memcpy(p, &u, sizeof u); }
+
+// kLanes units from the first `filled` of kLanes * kUnit<T> elements, rounded to T, zeros behind them.
+template <class T, class S>
+HEBATRON_INLINE Units gather_units(const S* from, int64_t filled) {
+  constexpr int kElements = kLanes * kUnit<T>;
+  T buffer[kElements];
+  if constexpr (std::is_same_v<S, T>) {
+    if (filled >= kElements) return load_units(from);
+    std::memset((void*)buffer, 0, sizeof buffer);
+    std::memcpy((void*)buffer, from, size_t(filled) * sizeof(T));
+  } else {
+    for (int i = 0; i < kUnit<T>; i++) {
+      const int64_t left = std::min<int64_t>(kLanes, filled - i * kLanes);
+      store(buffer + i * kLanes, left <= 0 ? set1(0.0f) : left < kLanes ? load(from + i * kLanes, int(left)) : load(from + i * kLanes));
+    }
+  }
+  return load_units(buffer);
+}
+
+// One panel of B from columns whose k elements are contiguous: B(k, n) = from[n * n_stride + k], rounded to T;
+// `columns` <= kTileColumns of them.
+template <class T, class S>
+static void pack_columns(T* panel, const S* from, int64_t n_stride, int64_t k, int64_t columns) {
+  const int64_t units = units_of<T>(k);
+  for (int64_t begin = 0; begin < units; begin += kLanes)
+    for (int64_t n = 0; n < kTileColumns; n += kLanes) {
+      Units block[kLanes];
+      for (int64_t i = 0; i < kLanes; i++)
+        block[i] = n + i < columns ? gather_units<T>(from + (n + i) * n_stride + begin * kUnit<T>, k - begin * kUnit<T>) : set1_units(0);
+      transpose(block);
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, units - begin); i++)
+        store_units(panel + ((begin + i) * kTileColumns + n) * kUnit<T>, block[i]);
+    }
+}
+
+// One panel of B from rows: B(k, n) = row(k)[n], rounded to T; row(k) is a pointer to `columns` <= kTileColumns elements.
+template <class T, class Row>
+static void pack_rows(T* panel, const Row& row, int64_t k, int64_t columns) {
+  for (int64_t step = 0; step < units_of<T>(k); step++, panel += kTileColumns * kUnit<T>) {
+    const int64_t k0 = step * kUnit<T>;
+    const auto* first = row(k0);
+    const auto* second = kUnit<T> == 2 && k0 + 1 < k ? row(k0 + 1) : nullptr;
+    for (int64_t n = 0; n < kTileColumns; n += kLanes) {
+      const int filled = int(std::clamp<int64_t>(columns - n, 0, kLanes));
+      T parts[2][kLanes] = {};
+      if (filled) store(parts[0], load_lanes(first + n, filled));
+      if (filled && second) store(parts[1], load_lanes(second + n, filled));
+      if constexpr (kUnit<T> == 1) {
+        std::memcpy(panel + n, parts[0], sizeof parts[0]);
+      } else {
+        uint32_t pairs[kLanes];
+        for (int i = 0; i < kLanes; i++) pairs[i] = uint32_t(parts[0][i].bits) | uint32_t(parts[1][i].bits) << 16;
+        std::memcpy((void*)(panel + n * 2), pairs, sizeof pairs);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hebatron::HEBATRON_ISA_NAMESPACE
