@@ -17,7 +17,7 @@ import os
 import sys
 import unicodedata
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -63,18 +63,22 @@ class MetricsWriter:
 
 def read_metrics(run_dir: Path) -> list[Record]:
     """Every complete record of a run, in order. A last line cut by a crash is left out."""
+    return list(iter_metrics(run_dir))
+
+
+def iter_metrics(run_dir: Path) -> Iterator[Record]:
+    """The same one by one: those before a damaged line come before its error."""
     path = run_dir / METRICS
     if not path.is_file():
         raise ValueError(f"metrics: run_dir must hold {METRICS}, got {run_dir}")
-    return [record for _, record in _records(path)]
+    return (record for _, record in _records(path))
 
 
 def without_time(record: Record) -> Record:
     return {key: value for key, value in record.items() if key != "time"}
 
 
-def _records(path: Path) -> list[tuple[bytes, Record]]:
-    records: list[tuple[bytes, Record]] = []
+def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
     lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         if number == len(lines) and not line.endswith(b"\n"):
@@ -87,8 +91,7 @@ def _records(path: Path) -> list[tuple[bytes, Record]]:
             raise ValueError(
                 f"metrics: {path} line {number} must be an object with a step, got {line[:60]!r}"
             )
-        records.append((line, record))
-    return records
+        yield line, record
 
 
 # ---------------------------------------------------------------- the screen

@@ -49,18 +49,20 @@ class Run:
         return self.config.run_dir / "checkpoints"
 
 
-def open_plan(config: RunConfig) -> tuple[Plan, Tokenizer, list[tuple[str, Corpus]]]:
-    """The plan of a run, its tokenizer and its held-out text."""
+def open_plan(config: RunConfig, verify: bool = True) -> tuple[Plan, Tokenizer, list[tuple[str, Corpus]]]:
+    """The plan of a run, its tokenizer and its held-out text; `verify`: as `Corpus.open` has it."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     corpora: dict[str, Corpus] = {}
     held_out: list[tuple[str, Corpus]] = []
     for entry in config.data.corpora:
-        corpus = Corpus.open(entry.path, tokenizer)
+        corpus = Corpus.open(entry.path, tokenizer, verify=verify)
         if config.data.held_out_permille:
             corpus, unseen = corpus.split(config.data.held_out_permille)
             held_out.append((entry.name, unseen))
         corpora[entry.name] = corpus
-    folders = [(entry.name, Corpus.open(entry.path, tokenizer)) for entry in config.data.held_out]
+    folders = [
+        (entry.name, Corpus.open(entry.path, tokenizer, verify=verify)) for entry in config.data.held_out
+    ]
     refuse_overlap(corpora, folders)
     held_out += folders
     return build_plan(curriculum(config), corpora), tokenizer, held_out

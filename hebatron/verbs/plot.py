@@ -8,19 +8,25 @@ from hebatron.verbs import Arguments, VerbGroup, add_verb
 
 
 def register(group: VerbGroup) -> None:
-    plot = add_verb(group, "plot", run, "draw a run's metrics as a PNG")
-    plot.add_argument("run_folder", metavar="RUN", type=Path)
-    plot.add_argument("--out", type=Path, help="default: RUN/metrics.png")
+    plot = add_verb(group, "plot", run, "draw a run's metrics as a PNG, or compare several runs")
+    plot.add_argument("run_folders", metavar="RUN", nargs="+", type=Path)
+    plot.add_argument(
+        "--out", type=Path, help="default: RUN/metrics.png, with several runs comparison.png here"
+    )
+    plot.add_argument("--over", choices=("tokens", "steps"), default="tokens", help="x axis of several runs")
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.figures import plot
+    from hebatron.comparison import compare, comparison_lines
+    from hebatron.figures import plot, plot_runs
+    from hebatron.history import load_histories
 
-    try:
-        path = plot(arguments.run_folder, arguments.out)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            'plot: matplotlib must be installed, got none; run: pip install "matplotlib>=3.8"'
-        ) from error
+    folders = arguments.run_folders
+    if len(folders) == 1:
+        print(plot(folders[0], arguments.out))
+        return 0
+    histories, names = load_histories(folders)
+    path = plot_runs(histories, names, arguments.out or Path("comparison.png"), arguments.over)
+    print("\n".join(comparison_lines(compare(histories, names), histories, names)))
     print(path)
     return 0

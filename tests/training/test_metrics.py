@@ -1,17 +1,15 @@
-"""metrics.jsonl is cut and continued exactly; router figures; the two reporters; the plot."""
+"""metrics.jsonl is cut and continued exactly; router figures; the two reporters."""
 
 import io
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
+from run_records import EVAL, SAMPLE, step, write
 
 from hebatron import metrics
-from hebatron.figures import plot
 from hebatron.metrics import (
     METRICS,
     LiveReporter,
@@ -24,42 +22,6 @@ from hebatron.metrics import (
     read_metrics,
     sparkline,
 )
-from hebatron.router import router_load
-
-
-def step(number: int, phase: str = "base", skipped: bool = False) -> dict[str, Any]:
-    return {
-        "kind": "step",
-        "step": number,
-        "phase": phase,
-        "loss": None if skipped else 5.0 / number,
-        "aux_loss": 1.0,
-        "lr": 1e-3,
-        "grad_norm": None if skipped else 0.5,
-        "tokens": 64,
-        "loss_tokens": 64,
-        "anchor_tokens": 0,
-        "skipped": skipped,
-        "router": [router_load(torch.tensor([3, 1, 0, 4]))],
-        "time": {"unix": 0.0, "seconds": 0.1, "tokens_per_s": 640.0, "eta_s": 75.0},
-    }
-
-
-EVAL = {
-    "kind": "eval",
-    "step": 2,
-    "phase": "base",
-    "bpb": {"he": 2.0, "en": 1.5},
-    "router_load": [[3, 1, 0, 4]],
-}
-SAMPLE = {"kind": "sample", "step": 2, "prompt": "שלום", "text": " עולם [b]"}
-
-
-def write(folder: Path, records: list[dict[str, Any]], at: int = 0) -> None:
-    with MetricsWriter(folder / METRICS, at) as writer:
-        for record in records:
-            writer.write(record)
-        writer.sync()
 
 
 def test_metrics_writer_cuts_what_is_later_than_the_resumed_step(tmp_path: Path) -> None:
@@ -165,16 +127,3 @@ def test_make_reporter_is_plain_where_there_is_no_terminal(monkeypatch: pytest.M
     assert isinstance(make_reporter(3, 1, "t"), PlainReporter)
     monkeypatch.setattr(metrics.sys.stdout, "isatty", lambda: True, raising=False)
     assert isinstance(make_reporter(3, 1, "t"), LiveReporter)
-
-
-def test_plot_draws_a_png(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        [step(1), step(2), EVAL, step(3, "formal"), step(4, "formal", skipped=True), step(5, "formal")],
-    )
-    path = plot(tmp_path)
-    assert path == tmp_path / "metrics.png" and path.read_bytes().startswith(b"\x89PNG")
-    assert plot(tmp_path, tmp_path / "other.png") == tmp_path / "other.png"
-    write(tmp_path, [])
-    with pytest.raises(ValueError, match="must hold at least one training step"):
-        plot(tmp_path)
