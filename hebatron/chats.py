@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .chat_template import ChatTemplate, Message, end_of_turn
-from .documents import MAX_DOCUMENT_BYTES, _raw_documents
+from .documents import MAX_DOCUMENT_BYTES, raw_documents
 from .tokenizer import Tokenizer
 
 SUFFIXES = (".jsonl", ".jsonl.zst")
@@ -97,7 +97,7 @@ def read_chats(
     for path in files:
         if not path.name.endswith(SUFFIXES) or not path.is_file():
             raise ValueError(f"chats: input must be a {' or '.join(SUFFIXES)} file, got {path}")
-        for line, raw in _raw_documents(path, ()):
+        for line, raw in raw_documents(path, ()):
             if isinstance(raw, bytes) and raw.strip():
                 ledger.read += 1
                 try:

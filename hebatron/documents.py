@@ -179,7 +179,7 @@ class _ZstdStream(io.RawIOBase):
 Raw = bytes | dict[str, Any]
 
 
-def _raw_documents(path: Path, fields: Sequence[str]) -> Iterator[tuple[int | None, Raw]]:
+def raw_documents(path: Path, fields: Sequence[str]) -> Iterator[tuple[int | None, Raw]]:
     """(line, undecoded document): the whole of a .txt file, each line of a .jsonl file, each row of a table."""
     if path.name.endswith(TABLE_SUFFIXES):
         yield from enumerate(rows(path, fields), 1)
@@ -290,7 +290,7 @@ def read_documents(files: Sequence[Path], policy: Policy, ledger: Ledger) -> Ite
     kept: list[bytes] = []  # of `near`, in its numbering
     ids: set[str] = set()
     for path in files:
-        for line, raw in _raw_documents(path, fields):
+        for line, raw in raw_documents(path, fields):
             ledger.read += 1
             try:
                 if not raw:
