@@ -4,37 +4,29 @@
     corpus = Corpus.open(Path("corpus"), tokenizer)
 
 A document is its tokens and one end-of-text token, however long: the plan cuts it into rows, nothing is
-truncated. documents.py says what happens to bad input, corpus.py what the folder holds. Memory while
-preparing: one batch of text and some 200 bytes a document.
+truncated. With `max_tokens` a longer one is an error, a counted drop, or split into documents that share its id
+and its hash, so that all of them are on one side of `Corpus.split`. documents.py says what happens to bad input,
+corpus.py what the folder holds. Memory while preparing: one batch of text and some 200 bytes a document.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import os
-import shutil
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from .corpus import DOCUMENT, EXTRA_FILES, FORMAT, VERSION, Corpus, index_fingerprint, read_index
+from .corpus import Corpus, read_index
+from .corpus_writer import SHARD_TOKENS, CorpusWriter, Counts
 from .documents import Document, Ledger, Policy, find_files, label, read_documents, read_texts, text_hash
-from .files import file_sha256, fsync
+from .files import file_sha256, new_folder
 from .hebrew import Normalization
 from .tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 20  # text handed to the tokenizer at once
 __all__ = ["Corpus", "PrepareReport", "prepare", "read_texts"]
-
-Counts = dict[str, dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,9 @@ class PrepareReport:
     by_source: Counts
     by_lang: Counts
     read: int
+    used: int
     dropped: dict[str, int]
+    split: dict[str, int]  # documents split, and the pieces they became
     removed_characters: dict[str, int]
     normalized: dict[str, int]
     fingerprint: str
@@ -68,8 +62,10 @@ def prepare(
     bad: Literal["error", "drop"] = "error",
     normalize: Normalization = "none",
     near_duplicates: float | None = None,
+    max_tokens: int | None = None,
+    long: Literal["error", "drop", "split"] = "error",
     overwrite: bool = False,
-    shard_tokens: int = 1 << 27,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> PrepareReport:
     """Tokenise `inputs` into the corpus folder `out`, which appears whole or not at all.
 
@@ -86,12 +82,14 @@ def prepare(
         normalize: "hebrew-v1" gives Hebrew one spelling (hebrew.py); "none" keeps the text.
         near_duplicates: drop a document whose 5-word runs overlap those of an earlier one by this Jaccard index or
             more (duplicates.py, 0.8 is usual). None: exact repeats alone, because the comparison takes a library.
-        shard_tokens: a token file ends with the batch that reaches this many.
+        max_tokens: of a document, the end-of-text token included. None: no limit.
+        long: what a longer one does: stop everything, be dropped and counted, or be split at line ends.
+        shard_tokens: a token file ends with the document that reaches this many.
     Raises: ValueError naming the file and line, or the option; nothing is left behind.
     """
     began = time.perf_counter()
     out = Path(out)
-    policy = Policy(source, lang, text_field, bidi, bad, normalize, near_duplicates)
+    policy = Policy(source, lang, text_field, bidi, bad, normalize, near_duplicates, max_tokens, long)
     if shard_tokens < 1:
         raise ValueError(f"prepare: shard_tokens must be at least 1, got {shard_tokens}")
     files = find_files(inputs)
@@ -103,26 +101,15 @@ def prepare(
     }
     if check_out(out) and _same_request(out, request, overwrite):
         return _report(Corpus.open(out, tokenizer), out, began, reused=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    old = scratch / "old"
-    try:
-        folder = scratch / "corpus"
-        folder.mkdir()
+    with new_folder(out) as folder:
         ledger = Ledger()
-        _write(folder, read_documents(files, policy, ledger), tokenizer, ledger, request, shard_tokens)
-        try:
-            if out.exists():
-                out.rename(old)  # killed between these two lines, the old corpus stays in `scratch`
-            folder.rename(out)
-        except BaseException:
-            if old.exists() and not out.exists():
-                old.rename(out)
-            raise
-        fsync(out.parent)
-    finally:
-        if out.exists() or not old.exists():  # never the only copy of a corpus
-            shutil.rmtree(scratch, ignore_errors=True)
+        told = {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+        }
+        writer = CorpusWriter(folder, told, shard_tokens)
+        _write(writer, read_documents(files, policy, ledger), tokenizer, policy, ledger, request)
     return _report(Corpus.open(out, tokenizer, verify=False), out, began, reused=False)
 
 
@@ -161,7 +148,9 @@ def _report(corpus: Corpus, folder: Path, began: float, reused: bool) -> Prepare
         index["by_source"],
         index["by_lang"],
         index["ledger"]["read"],
+        index["ledger"]["used"],
         index["ledger"]["dropped"],
+        index["ledger"].get("split", {}),
         index["ledger"]["removed_characters"],
         index["ledger"].get("normalized", {}),
         corpus.fingerprint,
@@ -171,36 +160,6 @@ def _report(corpus: Corpus, folder: Path, began: float, reused: bool) -> Prepare
 
 
 # ------------------------------------------------------------------------------------------------ writing
-
-
-class _Shards:
-    """Appends batches of tokens to tokens-00000.bin, tokens-00001.bin, ..."""
-
-    def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
-        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
-        self.entries: list[dict[str, Any]] = []
-        self._file: BinaryIO | None = None
-        self._digest = hashlib.sha256()
-
-    def append(self, tokens: npt.NDArray[Any]) -> None:
-        if self._file is None:
-            self.entries.append({"file": f"tokens-{len(self.entries):05d}.bin", "tokens": 0})
-            self._file = (self.folder / self.entries[-1]["file"]).open("xb")
-            self._digest = hashlib.sha256()
-        data = tokens.astype(self.dtype).tobytes()
-        self._file.write(data)
-        self._digest.update(data)
-        self.entries[-1]["tokens"] += len(tokens)
-        if self.entries[-1]["tokens"] >= self.shard_tokens:
-            self.close()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self.entries[-1]["sha256"] = self._digest.hexdigest()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
 
 
 def _batches(documents: Iterable[Document]) -> Iterable[list[Document]]:
@@ -217,101 +176,80 @@ def _batches(documents: Iterable[Document]) -> Iterable[list[Document]]:
 
 
 def _write(
-    folder: Path,
+    writer: CorpusWriter,
     documents: Iterable[Document],
     tokenizer: Tokenizer,
+    policy: Policy,
     ledger: Ledger,
     request: dict[str, Any],
-    shard_tokens: int,
 ) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    shards = _Shards(folder, dtype, shard_tokens)
-    sources: dict[str, int] = {}
-    langs: dict[str, int] = {}
-    records: list[npt.NDArray[Any]] = []
-    record_ids: list[bytes] = []
     try:
         for batch in _batches(documents):
-            ids = tokenizer.encode_batch([document.text for document in batch])
-            kept = [(d, [*i, tokenizer.eos_id]) for d, i in zip(batch, ids, strict=True) if i]
-            ledger.used -= len(batch) - len(kept)
-            if len(kept) < len(batch):  # the tokenizer's own normaliser left nothing of them
-                for document, tokens in zip(batch, ids, strict=True):
-                    if not tokens:
-                        ledger.drop("no tokens", document.place, text_hash(document.text))
-            if not kept:
-                continue
-            record = np.zeros(len(kept), DOCUMENT)
-            for row, (document, tokens) in zip(record, kept, strict=True):
-                row["length"] = len(tokens)
-                row["bytes"] = len(document.text.encode("utf-8"))
-                row["source"] = sources.setdefault(document.source, len(sources))
-                row["lang"] = langs.setdefault(document.lang, len(langs))
-                record_ids.append((document.place.id or "").encode("utf-8"))
-                row["hash"] = np.frombuffer(text_hash(document.text), np.uint8)
-            records.append(record)
-            flat = itertools.chain.from_iterable(tokens for _, tokens in kept)
-            shards.append(np.fromiter(flat, np.int64, int(record["length"].sum())))
+            encoded = tokenizer.encode_batch([document.text for document in batch])
+            for document, ids in zip(batch, encoded, strict=True):
+                digest = text_hash(document.text)
+                for size, piece in _pieces(document, ids, tokenizer, policy, ledger):
+                    writer.add(
+                        [*piece, tokenizer.eos_id],
+                        size,
+                        document.source,
+                        document.lang,
+                        digest,
+                        document.place.id,
+                    )
     finally:
-        shards.close()
-    if not records:
+        writer.close()
+    if not writer.count:
         raise ValueError(
             f"prepare: inputs must hold at least one usable document, got {ledger.read} read, "
             f"dropped {dict(ledger.dropped)}"
         )
-    table = np.concatenate(records)
-    table["offset"] = np.cumsum(table["length"]) - table["length"]
-    _save_array(folder / "documents.npy", table)
-    if any(record_ids):
-        _save_array(folder / "ids.npy", np.array(record_ids))
-    with (folder / "dropped.jsonl").open("xb") as file:
-        file.writelines(f"{line}\n".encode() for line in ledger.lines)
-        file.flush()
-        os.fsync(file.fileno())
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "tokenizer": {
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-        },
-        "dtype": dtype.str,
-        "documents": {"count": len(table), "sha256": file_sha256(folder / "documents.npy")},
-        "shards": shards.entries,
-        "sources": list(sources),
-        "langs": list(langs),
-        "by_source": _count(table, "source", list(sources)),
-        "by_lang": _count(table, "lang", list(langs)),
-        "ledger": {
-            "read": ledger.read,
-            "used": ledger.used,
-            "dropped": dict(sorted(ledger.dropped.items())),
-            "removed_characters": {k: n for k, n in sorted(ledger.removed_characters.items()) if n},
-            # only where there is any: other corpora keep the fingerprint they always had
-            **({"normalized": dict(sorted(ledger.normalized.items()))} if ledger.normalized else {}),
-            **({"repeated_ids": ledger.repeated_ids} if ledger.repeated_ids else {}),
-        },
-        "extra": {name: file_sha256(folder / name) for name in EXTRA_FILES if (folder / name).is_file()},
-    }
-    index = {**index, "fingerprint": index_fingerprint(index), "request": request}
-    with (folder / "index.json").open("x", encoding="utf-8") as text:
-        json.dump(index, text, ensure_ascii=False, indent=1)
-        text.flush()
-        os.fsync(text.fileno())
-    fsync(folder)
+    writer.finish(ledger.totals(), ledger.lines, request)
 
 
-def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    with path.open("xb") as file:
-        np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
+def _pieces(
+    document: Document, ids: list[int], tokenizer: Tokenizer, policy: Policy, ledger: Ledger
+) -> list[tuple[int, list[int]]]:
+    """(UTF-8 bytes, tokens) of each document of the corpus that this one becomes: one, or as policy.long says."""
+    limit, reason = policy.max_tokens, None
+    if not ids:
+        reason = "no tokens"  # the tokenizer's own normaliser left nothing of it
+    elif limit is not None and len(ids) >= limit:
+        if policy.long == "error":
+            raise ValueError(
+                f"prepare: {document.place.name} must have at most max_tokens = {limit} tokens with its end, got "
+                f'{len(ids) + 1}; choose long="split" or "drop"'
+            )
+        if policy.long == "split":
+            pieces = split_tokens(document.text, tokenizer, limit - 1)
+            ledger.split += Counter(documents=1, pieces=len(pieces))
+            return [(len(text.encode("utf-8")), tokens) for text, tokens in pieces]
+        reason = "too long"
+    if reason is not None:
+        ledger.used -= 1
+        ledger.drop(reason, document.place, text_hash(document.text))
+        return []
+    return [(len(document.text.encode("utf-8")), ids)]
 
 
-def _count(table: npt.NDArray[Any], column: str, names: list[str]) -> Counts:
-    def total(weights: npt.NDArray[Any] | None) -> list[int]:
-        return np.bincount(table[column], weights, len(names)).astype(np.int64).tolist()
+def split_tokens(text: str, tokenizer: Tokenizer, limit: int) -> list[tuple[str, list[int]]]:
+    """`text` in pieces of at most `limit` tokens that give it back when joined, and their tokens.
 
-    columns = zip(names, total(None), total(table["length"]), total(table["bytes"]), strict=True)
-    return {name: {"documents": d, "tokens": t, "bytes": b} for name, d, t, b in columns}
+    A piece ends behind the last line break in its second half, or else between words there, or else anywhere but
+    inside a character.
+    """
+    ids, offsets = tokenizer.encode_with_offsets(text, special=False)
+    pieces: list[tuple[str, list[int]]] = []
+    begin = char = 0
+    while len(ids) - begin > limit:
+        whole = [at for at in range(begin + limit, begin, -1) if offsets[at][0] >= offsets[at - 1][1] > char]
+        ends = {at: offsets[at - 1][1] for at in whole}
+        half = [at for at in whole if at - begin > limit // 2]
+        lines = [at for at in half if text[ends[at] - 1] == "\n"]
+        words = [at for at in half if text[ends[at] - 1].isspace() or text[ends[at]].isspace()]
+        if not whole:
+            raise ValueError(f"prepare: max_tokens must be enough for one character, got {limit + 1}")
+        cut = (lines or words or whole)[0]
+        pieces.append((text[char : ends[cut]], ids[begin:cut]))
+        begin, char = cut, ends[cut]
+    return [*pieces, (text[char:], ids[begin:])]

@@ -26,6 +26,7 @@ from .tables import TABLE_SUFFIXES, downloaded, rows
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", *TABLE_SUFFIXES)
 MAX_ID_BYTES = 256
+MIN_MAX_TOKENS = 16  # a character may take several
 MAX_DOCUMENT_BYTES = 1 << 28  # 256 MiB: a line without end must not fill the memory
 
 
@@ -45,6 +46,10 @@ class Place:
     line: int | None = None
     id: str | None = None
 
+    @property
+    def name(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
     def named(self) -> dict[str, Any]:
         return {"file": self.file, "line": self.line} | ({} if self.id is None else {"id": self.id})
 
@@ -62,6 +67,7 @@ class Ledger:
     dropped: Counter[str] = field(default_factory=Counter)
     removed_characters: Counter[str] = field(default_factory=Counter)
     normalized: Counter[str] = field(default_factory=Counter)
+    split: Counter[str] = field(default_factory=Counter)  # documents, and the pieces they became
     repeated_ids: int = 0  # used documents whose id an earlier one has: kept, their texts differ
     lines: list[str] = field(default_factory=list)
 
@@ -69,6 +75,21 @@ class Ledger:
         self.dropped[reason] += 1
         line = {**place.named(), "reason": reason, "hash": hash.hex(), **more}
         self.lines.append(json.dumps(line, ensure_ascii=True))
+
+    def totals(self) -> dict[str, Any]:
+        """For the index; some only where there is any, so that other corpora keep the fingerprint they always had."""
+        more: dict[str, Any] = {
+            "normalized": dict(sorted(self.normalized.items())),
+            "split": dict(sorted(self.split.items())),
+            "repeated_ids": self.repeated_ids,
+        }
+        return {
+            "read": self.read,
+            "used": self.used,
+            "dropped": dict(sorted(self.dropped.items())),
+            "removed_characters": {k: n for k, n in sorted(self.removed_characters.items()) if n},
+            **{name: value for name, value in more.items() if value},
+        }
 
 
 @dataclass(frozen=True)
@@ -82,9 +103,15 @@ class Policy:
     bad: Literal["error", "drop"] = "error"
     normalize: str = "none"
     near_duplicates: float | None = None
+    max_tokens: int | None = None
+    long: Literal["error", "drop", "split"] = "error"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("bidi", ("drop", "keep")), ("bad", ("error", "drop"))):
+        for name, allowed in (
+            ("bidi", ("drop", "keep")),
+            ("bad", ("error", "drop")),
+            ("long", ("error", "drop", "split")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"prepare: {name} must be one of {allowed}, got {getattr(self, name)!r}")
         check_normalization("prepare", self.normalize)
@@ -94,6 +121,10 @@ class Policy:
             raise ValueError(
                 f"prepare: near_duplicates must be above 0 and at most 1, got {self.near_duplicates}"
             )
+        if self.max_tokens is None and self.long != "error":
+            raise ValueError(f"prepare: max_tokens must be given with long={self.long!r}, got None")
+        if self.max_tokens is not None and self.max_tokens < MIN_MAX_TOKENS:
+            raise ValueError(f"prepare: max_tokens must be at least {MIN_MAX_TOKENS}, got {self.max_tokens}")
         for name in ("source", "lang", "text_field"):
             if getattr(self, name) == "":
                 raise ValueError(f"prepare: {name} must not be empty, got ''")

@@ -1,9 +1,13 @@
-"""What every writer of a durable folder needs: fsync by path, sha256 of a file."""
+"""What every writer of a durable folder needs: fsync by path, sha256 of a file, a folder that appears whole."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -19,3 +23,29 @@ def fsync(path: Path) -> None:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `out`, and of what was there, if the block ends well.
+
+    Otherwise nothing is left of it, and `out` is as it was. What the block writes it must fsync itself.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    old, folder = scratch / "old", scratch / "corpus"
+    try:
+        folder.mkdir()
+        yield folder
+        try:
+            if out.exists():
+                out.rename(old)  # killed between these two lines, the old folder stays in `scratch`
+            folder.rename(out)
+        except BaseException:
+            if old.exists() and not out.exists():
+                old.rename(out)
+            raise
+        fsync(out.parent)
+    finally:
+        if out.exists() or not old.exists():  # never the only copy of what was there
+            shutil.rmtree(scratch, ignore_errors=True)

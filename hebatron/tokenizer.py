@@ -86,12 +86,14 @@ class Tokenizer:
         self._backend.encode_special_tokens = not special
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """`encode(text, special=True)` and each token's [start, end) in characters of `text`.
+    def encode_with_offsets(
+        self, text: str, *, special: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode(text, special=special)` and each token's [start, end) in characters of `text`.
 
         Both tokens of a character cut in two have the whole character.
         """
-        self._backend.encode_special_tokens = False
+        self._backend.encode_special_tokens = not special
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 

@@ -44,6 +44,12 @@ def register(group: VerbGroup) -> None:
         metavar="SIMILARITY",
         help="drop texts this similar to an earlier one (0.8 if no number is given)",
     )
+    prepare.add_argument(
+        "--max-tokens", type=int, metavar="N", help="most tokens of one document, its end included"
+    )
+    prepare.add_argument(
+        "--long", choices=("error", "drop", "split"), default="error", help="what a longer document does"
+    )
     prepare.add_argument("--overwrite", action="store_true", help="replace another corpus in --out")
 
 
@@ -52,7 +58,17 @@ def run(arguments: Arguments) -> int:
     from hebatron.metrics import printable_name
     from hebatron.tokenizer import load_tokenizer, train_bpe
 
-    names = ("source", "lang", "text_field", "bidi", "bad", "normalize", "near_duplicates")
+    names = (
+        "source",
+        "lang",
+        "text_field",
+        "bidi",
+        "bad",
+        "normalize",
+        "near_duplicates",
+        "max_tokens",
+        "long",
+    )
     policy = {name: getattr(arguments, name) for name in names}
     if arguments.tokenizer is not None:
         tokenizer = load_tokenizer(arguments.tokenizer)
@@ -74,7 +90,9 @@ def run(arguments: Arguments) -> int:
         per_token = counts["bytes"] / counts["tokens"]
         totals = f"{counts['documents']:>9,} documents {counts['tokens']:>13,} tokens"
         print(f"  {totals} {per_token:>6.2f} bytes/token  {printable_name(source)}")
-    print(f"  {report.read:>9,} documents read, dropped: {report.dropped or 'none'}")
+    print(f"  {report.read:>9,} documents read, {report.used:,} used, dropped: {report.dropped or 'none'}")
+    if report.split:
+        print(f"  {report.split['documents']:>9,} documents split into {report.split['pieces']:,}")
     if report.normalized:
         print(f"  characters changed by {arguments.normalize}: {report.normalized}")
     return 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from corpus_cases import CODE, ENGLISH, HEBREW, write_inputs, write_jsonl
 
+import hebatron.corpus
 import hebatron.data
 import hebatron.documents
 from hebatron.data import Corpus, prepare
@@ -58,7 +59,7 @@ def test_corpus_open_errors(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
     def with_index(**changes: Any) -> None:
         edited = {**index, **changes}
-        edited["fingerprint"] = hebatron.data.index_fingerprint(edited)
+        edited["fingerprint"] = hebatron.corpus.index_fingerprint(edited)
         (out / "index.json").write_text(json.dumps(edited), encoding="utf-8")
 
     with_index(version=2)

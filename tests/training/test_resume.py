@@ -13,8 +13,10 @@ from toy import Silent, checkpoint_bits, toy_config, toy_train, write_corpora
 
 from hebatron.checkpoint import checkpoints, step_of
 from hebatron.curriculum import Phase
+from hebatron.data import prepare
 from hebatron.metrics import read_metrics, without_time
 from hebatron.runconfig import RunConfig
+from hebatron.tokenizer import load_tokenizer
 from hebatron.train import train
 
 STEPS = 12  # 4 in each of three phases
@@ -200,6 +202,19 @@ def test_resume_refuses_another_plan_naming_it(whole: tuple[Path, Path], tmp_pat
     ):
         toy_train(longer)
     assert toy_train(longer, force=True).step == STEPS + 1
+
+
+def test_resume_refuses_a_corpus_prepared_anew_from_other_files(tmp_path: Path) -> None:
+    write_corpora(tmp_path)
+    config = toy_config(tmp_path, tmp_path / "run")
+    toy_train(config, stop_after=2)
+    tokenizer, texts = load_tokenizer(tmp_path / "tok"), [tmp_path / "he.jsonl", tmp_path / "more.txt"]
+    texts[1].write_text("עוד", encoding="utf-8")
+    prepare(texts, tmp_path / "he", tokenizer, overwrite=True)
+    with pytest.raises(ValueError, match=r"got .*step-000002 of another: plan: [0-9a-f]{12} -> [0-9a-f]{12}"):
+        toy_train(config)
+    prepare(texts[:1], tmp_path / "he", tokenizer, overwrite=True)  # the files it had: the run it was
+    assert toy_train(config).finished
 
 
 def test_resume_accepts_another_cadence(whole: tuple[Path, Path], tmp_path: Path) -> None:
