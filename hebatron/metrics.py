@@ -2,7 +2,8 @@
 
 One JSON object per line, in step order, each with "kind" and "step" (optimizer steps completed):
     step    phase, loss, aux_loss, lr, grad_norm, tokens, loss_tokens, anchor_tokens, skipped, router,
-            router_languages and expert_overlap (router.py) of the step's tokens
+            router_languages and expert_overlap (router.py) of the step's tokens; anchor_kl (anchor_kl.py) in runs
+            with the term: nats a token of the anchor's rows, null in a step without any
     eval    phase, bpb (bits per byte by source), router_load (expert counts of that step, by MoE layer),
             router_languages and expert_overlap of the held-out text, alarms (lines; router.py has the thresholds)
     sample  prompt, text

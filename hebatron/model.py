@@ -62,9 +62,11 @@ class RouterStats(NamedTuple):
 
 @dataclass
 class Output:
-    """`logits` is fp32 (B, L, V); None where a loss was asked for and no logits."""
+    """`logits` is fp32 (B, L, V); None where a loss was asked for and no logits. `hidden_TD` is what the head sees, of
+    all tokens, without the padding."""
 
     logits: Tensor | None = None
+    hidden_TD: Tensor | None = None
     loss: Tensor | None = None
     cache: Cache | None = None
     aux: list[RouterStats] = field(default_factory=list)
@@ -475,18 +477,8 @@ class Hebatron(nn.Module):
         loss_reduction: str,
     ) -> Output:
         context = Context(packed.cu_seqlens, step, router_stats=step is None)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        x_TD = F.embedding(packed.ids_T, self.backbone.embeddings.weight).to(self.compute_dtype)
-        aux = []
-        for layer in self.backbone.layers:
-            if recompute:
-                x_TD, stats = checkpoint(layer, x_TD, context, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_TD, stats = layer(x_TD, context)
-            if stats is not None:
-                aux.append(stats)
-        x_TD = self.backbone.norm_f(x_TD)
-        out = Output(cache=cache, aux=aux)
+        x_TD, aux = self.hidden_states(packed.ids_T, context)
+        out = Output(hidden_TD=x_TD, cache=cache, aux=aux)
         if packed.labels_T is not None:
             weight_VD = self.lm_head.weight.to(x_TD.dtype)
             out.loss = linear_cross_entropy(x_TD, weight_VD, packed.labels_T, reduction=loss_reduction)
@@ -495,6 +487,20 @@ class Hebatron(nn.Module):
         elif packed.labels_T is None:
             out.logits = packed.restore(self._logits(x_TD))
         return out
+
+    def hidden_states(self, ids_T: Tensor, context: Context) -> tuple[Tensor, list[RouterStats]]:
+        """What the head sees of these tokens, and each router's statistics where the context asks for them."""
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        x_TD = F.embedding(ids_T, self.backbone.embeddings.weight).to(self.compute_dtype)
+        aux = []
+        for layer in self.backbone.layers:
+            if recompute:
+                x_TD, stats = checkpoint(layer, x_TD, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD, stats = layer(x_TD, context)
+            if stats is not None:
+                aux.append(stats)
+        return self.backbone.norm_f(x_TD), aux
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         logits_TV = self.lm_head(x_TD)

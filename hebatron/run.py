@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .anchor_kl import Base, open_base
 from .checkpoint import CheckpointError, load_checkpoint, load_state, load_weights, newest_valid
 from .config import ModelConfig
 from .corpus import Corpus
@@ -19,15 +20,16 @@ from .model import Hebatron
 from .optim import build_optimizer
 from .plan import Plan, Step
 from .presets import PRESETS
-from .runconfig import RunConfig, curriculum, differences, to_table
+from .runconfig import RunConfig, curriculum
 from .tokenizer import Tokenizer, load_tokenizer
+from .trees import differences, to_table
 
 TOKENIZER = "tokenizer"  # in the run folder
 
 
 @dataclass
 class Run:
-    """Everything the loop works on; `step` and `bad_in_row` are all of its own state."""
+    """Everything the loop works on; `step` and `bad_in_row` are all of its own state. base: of the KL term."""
 
     config: RunConfig
     tokenizer: Tokenizer
@@ -36,6 +38,7 @@ class Run:
     held_out: list[tuple[str, Corpus]]
     model: Hebatron
     optimizer: torch.optim.AdamW
+    base: Base | None = None
     step: int = 0
     bad_in_row: int = 0
     bpb: dict[str, float] = field(default_factory=dict)
@@ -74,7 +77,8 @@ def open_run(config: RunConfig) -> Run:
     model = open_model(config, tokenizer)
     check_prompts(config, tokenizer, model)
     steps = plan.steps(config.training.tokens_per_batch)
-    return Run(config, tokenizer, plan, steps, held_out, model, build_optimizer(model, config.optimizer))
+    optimizer, base = build_optimizer(model, config.optimizer), open_base(config, model)
+    return Run(config, tokenizer, plan, steps, held_out, model, optimizer, base)
 
 
 def refuse_overlap(corpora: dict[str, Corpus], held_out: list[tuple[str, Corpus]]) -> None:
@@ -163,6 +167,9 @@ def resume(run: Run, force: bool) -> list[str]:
         wrong.append(
             f"plan: {state.get('plan_hash')!s:.12} -> {run.plan.hash:.12} (corpora, phases or order)"
         )
+    hashes = [str(state.get("base")), str(run.base and run.base.hash)]
+    if hashes[0] != hashes[1]:
+        wrong.append(f"anchor_kl.base: {hashes[0]:.12} -> {hashes[1]:.12} (hash of the frozen base)")
     if wrong and not force:
         raise ValueError(
             f"train: run_dir must hold this very run to resume it, got {folder} of another: {'; '.join(wrong)}; "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import io
 import itertools
@@ -18,15 +17,14 @@ import json
 import math
 import re
 import tomllib
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from .curriculum import Curriculum, Phase
 from .presets import PRESETS
+from .trees import did_you_mean, from_table, to_table
 
 CONDITIONS: dict[str, Callable[[Any], bool]] = {
     "> 0": lambda value: value > 0,
@@ -39,12 +37,14 @@ CONDITIONS: dict[str, Callable[[Any], bool]] = {
     "not empty": lambda value: len(value) > 0,
 }
 
-TYPE_NAMES = {str: "a string", Path: "a string", int: "an integer", float: "a number", bool: "true or false"}
-
 
 def _checked(default: Any, condition: str, *, hashed: bool = True) -> Any:
     """A field whose value must meet CONDITIONS[condition]; `hashed=False` if it cannot change the weights."""
     return field(default=default, metadata={"condition": condition, "hashed": hashed})
+
+
+# Left out of the hash while at its default: checkpoints of before it can still be resumed.
+YOUNG = {"young": True}
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,15 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class AnchorKLConfig:
+    """KL(base || model) on anchor rows, to a frozen base: see anchor_kl.py."""
+
+    coefficient: float = _checked(0.0, ">= 0")  # 0: no base is loaded
+    base: Path | None = field(default=None, metadata={"hashed": False})  # default: model.path
+    temperature: float = _checked(1.0, "> 0")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run, whole."""
 
@@ -131,6 +140,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[Phase, ...] = _checked((), "not empty")
     anchor: dict[str, float] = field(default_factory=dict)  # source weights of the anchor stream
+    anchor_kl: AnchorKLConfig = field(default_factory=AnchorKLConfig, metadata=YOUNG)
     order: str | tuple[str, ...] = "forward"  # "reversed", "shuffled" or phase names
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -188,68 +198,8 @@ def _override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             ]
             if key in known:
                 raise ValueError(f"{option} must have a value of its field's type, got {' '.join(group)!r}")
-            raise ValueError(f"{option} must name a field of the run file{_did_you_mean(key, known)}")
+            raise ValueError(f"{option} must name a field of the run file{did_you_mean(key, known)}")
     raise ValueError(f"{' '.join(overrides)!r} must be options that go together, each given once")
-
-
-def from_table(kind: type[Any], table: Mapping[str, Any], place: str = "") -> Any:
-    """Build dataclass `kind` from a TOML table, refusing unknown keys, missing keys and wrong types."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    prefix = f"{place}." if place else ""
-    for key in table:
-        if key not in fields:
-            raise ValueError(f"{prefix}{key} must be one of {', '.join(fields)}{_did_you_mean(key, fields)}")
-    for name, spec in fields.items():
-        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
-        if required and name not in table:
-            raise ValueError(f"{prefix}{name} must be given, got nothing")
-    hints = typing.get_type_hints(kind)
-    values = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in table.items()}
-    try:
-        return kind(**values)
-    except ValueError as error:  # a dataclass that checks itself, such as Phase
-        raise ValueError(f"{place}: {error}") from error
-
-
-def _convert(hint: Any, value: Any, place: str) -> Any:
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return tuple(value) if isinstance(value, list) else value
-    if origin in (
-        typing.Union,
-        types.UnionType,
-    ):  # "X | None" (null in a saved run) and "str | tuple[str, ...]"
-        if value is None and types.NoneType in args:
-            return None
-        others = [arg for arg in args if arg is not types.NoneType]
-        return _convert(others[-1] if isinstance(value, list) else others[0], value, place)
-    if origin is Literal:
-        if value not in args:
-            choices = ", ".join(map(str, args))
-            raise ValueError(f"{place} must be one of {choices}, got {value!r}{_did_you_mean(value, args)}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{place} must be an array, got {value!r}")
-        return tuple(_convert(args[0], item, f"{place}[{i}]") for i, item in enumerate(value))
-    if origin is dict or dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ValueError(f"{place} must be a table, got {value!r}")
-        if origin is dict:
-            return {key: _convert(args[1], item, f"{place}.{key}") for key, item in value.items()}
-        return from_table(hint, value, place)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise ValueError(f"{place} must be {TYPE_NAMES[hint]}, got {value!r}")
-    return value
-
-
-def _did_you_mean(word: Any, choices: typing.Iterable[Any]) -> str:
-    close = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 # ---------------------------------------------------------------- checking
@@ -263,7 +213,7 @@ def check_run_config(config: RunConfig) -> None:
     if len(given) != 1:
         raise ValueError(f"model must have exactly one of preset, path, pattern, got {given or 'none'}")
     if model.preset is not None and model.preset not in PRESETS:
-        hint = _did_you_mean(model.preset, PRESETS)
+        hint = did_you_mean(model.preset, PRESETS)
         raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {model.preset!r}{hint}")
     if model.path is not None and model.fields:
         raise ValueError(f"model.fields must be empty with model.path, got {sorted(model.fields)}")
@@ -288,7 +238,22 @@ def check_run_config(config: RunConfig) -> None:
                 f"phases[{i}].seq_len must be at most training.tokens_per_microbatch and tokens_per_batch, "
                 f"{limit}, got {phase.seq_len}"
             )
+    _check_anchor_kl(config)
     curriculum(config)
+
+
+def _check_anchor_kl(config: RunConfig) -> None:
+    term = config.anchor_kl
+    if term.coefficient == 0:
+        return
+    if term.base is None and config.model.path is None:
+        raise ValueError(
+            "anchor_kl.base must be given for a run from fresh weights (no model.path), got none"
+        )
+    if not any(phase.anchor_share > 0 for phase in config.phases):
+        raise ValueError(
+            f"anchor_kl.coefficient must be 0 where no phase has an anchor_share, got {term.coefficient}"
+        )
 
 
 def curriculum(config: RunConfig) -> Curriculum:
@@ -324,31 +289,11 @@ def _check_sources(weights: Mapping[str, float], corpora: Sequence[str], place: 
     for name in weights:
         corpus = name.partition("/")[0]
         if corpus not in corpora:
-            hint = _did_you_mean(corpus, corpora)
+            hint = did_you_mean(corpus, corpora)
             raise ValueError(f"{place}.{name} must name one of data.corpora {', '.join(corpora)}{hint}")
 
 
 # ---------------------------------------------------------------- identity
-
-
-def to_table(config: Any, *, hashed_only: bool = False) -> dict[str, Any]:
-    """The tree as JSON values; `hashed_only` leaves out what cannot change the weights."""
-    table: dict[str, Any] = {}
-    for spec in dataclasses.fields(config):
-        if hashed_only and not spec.metadata.get("hashed", True):
-            continue
-        table[spec.name] = _plain(getattr(config, spec.name), hashed_only)
-    return table
-
-
-def _plain(value: Any, hashed_only: bool) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_table(value, hashed_only=hashed_only)
-    if isinstance(value, (tuple, list)):
-        return [_plain(item, hashed_only) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item, hashed_only) for key, item in value.items()}
-    return str(value) if isinstance(value, Path) else value
 
 
 def describe(config: RunConfig) -> str:
@@ -368,17 +313,3 @@ def config_hash(config: RunConfig) -> str:
     """sha256 of everything that can change the weights (checkpoint cadence, paths and the like cannot)."""
     text = json.dumps(to_table(config, hashed_only=True), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Where two trees of JSON values differ: `training.seed: 1 -> 2`, one line each."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        pairs = [
-            (f"{place}.{key}".lstrip("."), old.get(key), new.get(key))
-            for key in sorted(old.keys() | new.keys())
-        ]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = [(f"{place}[{i}]", left, right) for i, (left, right) in enumerate(zip(old, new, strict=True))]
-    else:
-        return [] if old == new else [f"{place}: {old!r} -> {new!r}"]
-    return [line for where, left, right in pairs for line in differences(left, right, where)]

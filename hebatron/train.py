@@ -25,6 +25,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from .anchor_kl import AnchorTerm
 from .checkpoint import remove_old, run_lock, save_checkpoint
 from .evaluate import bits_per_byte
 from .files import fsync
@@ -34,7 +35,8 @@ from .optim import clip_gradients, set_learning_rate, step_learning_rate
 from .plan import Step, rank_rows
 from .router import Health, LanguageCounts, alarms, router_load, token_languages
 from .run import Run, headline, open_run, resume, save_tokenizer, write_config
-from .runconfig import RunConfig, check_run_config, config_hash, describe, to_table
+from .runconfig import RunConfig, check_run_config, config_hash, describe
+from .trees import to_table
 
 
 class Diverged(ValueError):
@@ -148,6 +150,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
     tokens = sum(batch.input_ids.numel() for batch in batches)
     loss_tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
     nll, routers, by_language = 0.0, RouterSums(), LanguageCounts()
+    anchor = AnchorTerm(run.base, config.anchor_kl, batches)
     for batch in batches:
         output = run.model(
             batch.input_ids.to(device),
@@ -156,7 +159,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
             loss_reduction="sum",
         )
         weight = batch.input_ids.numel() / tokens
-        loss = output.loss / loss_tokens
+        loss = output.loss / loss_tokens + anchor.loss(run.model, batch, output.hidden_TD)
         for stats in output.aux:
             loss = loss + settings.router_aux_coefficient * weight * stats.loss
         loss.backward()
@@ -165,7 +168,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
         by_language.add(output.aux, *token_languages(run.plan, batch.rows))
     grad_norm = clip_gradients(run.model, config.optimizer.grad_clip)
 
-    skipped = not (math.isfinite(grad_norm) and math.isfinite(nll))
+    skipped = not all(map(math.isfinite, (grad_norm, nll, anchor.nats)))
     if skipped:
         run.bad_in_row += 1
         if run.bad_in_row >= config.optimizer.max_bad_steps:
@@ -182,6 +185,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
         "phase": step.phase,
         "loss": None if skipped else nll / loss_tokens,
         "aux_loss": None if skipped else routers.mean_loss(),
+        **anchor.record(skipped),
         "lr": lr,
         "grad_norm": None if skipped else grad_norm,
         "tokens": tokens,
@@ -293,6 +297,7 @@ def save(run: Run, metrics: MetricsWriter) -> None:
     state = {
         "plan_hash": run.plan.hash,
         "config_hash": config_hash(run.config),
+        "base": run.base and run.base.hash,
         "config": to_table(run.config, hashed_only=True),
         "model": run.model.config.to_hub(),
     }

@@ -10,11 +10,9 @@ from hebatron.runconfig import (
     RunConfig,
     check_run_config,
     config_hash,
-    differences,
-    from_table,
     load_run_config,
-    to_table,
 )
+from hebatron.trees import differences, from_table, to_table
 
 GOOD = """
 run_dir = "runs/x"
