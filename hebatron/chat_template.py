@@ -13,7 +13,11 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 Message = dict[str, Any]
 
@@ -261,3 +265,26 @@ def end_of_turn(template: ChatTemplate, control_tokens: frozenset[str]) -> str:
             f"chat template: an assistant turn must end with a control token of the tokenizer, got {tail!r} behind it"
         )
     return places[0][2]
+
+
+def open_template(name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
+    """ "nemotron3", the hub's form; a file of Jinja text; None: the tokenizer's own.
+
+    Raises: ValueError if there is none.
+    """
+    text = tokenizer.chat_template
+    if name == "nemotron3":
+        text = NEMOTRON3
+    elif name is not None:
+        if not Path(name).is_file():
+            raise ValueError(f"chat template: template must be nemotron3 or a file, got {name!r}")
+        text = Path(name).read_text(encoding="utf-8")
+    if text is None:
+        raise ValueError(
+            "chat template: the model must have one, got none; give --template nemotron3 or a file"
+        )
+    bos, eos = (
+        "" if i is None else tokenizer.decode([i], skip_special=False)
+        for i in (tokenizer.bos_id, tokenizer.eos_id)
+    )
+    return ChatTemplate(text, bos_token=bos, eos_token=eos)

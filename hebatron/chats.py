@@ -201,14 +201,14 @@ class ChatEncoder:
 
     def prompt_ids(self, messages: Sequence[Message], thinking: bool = False) -> list[int]:
         """What the model is given to answer the chat so far."""
-        checked = self._refuse_control(check_messages(messages, "prompt"), "prompt")
+        checked = self.refuse_control(check_messages(messages, "prompt"), "prompt")
         return self.tokenizer.encode(
             self.template.render(checked, generation=True, thinking=thinking), special=True
         )
 
     def encode(self, chat: Chat) -> Sample:
         """Tokens and loss mask of one chat, in which earlier turns keep their reasoning; raises BadChat."""
-        messages = [self._split_reasoning(m) for m in self._refuse_control(chat.messages, chat.name)]
+        messages = [self._split_reasoning(m) for m in self.refuse_control(chat.messages, chat.name)]
         try:
             text = self._render(chat, messages)
             ids, offsets = self.tokenizer.encode_with_offsets(text)
@@ -230,7 +230,8 @@ class ChatEncoder:
     def _render(self, chat: Chat, messages: Sequence[Message], **options: Any) -> str:
         return self.template.render(messages, tools=chat.tools, keep_reasoning=True, **options)
 
-    def _refuse_control(self, messages: list[Message], name: str) -> list[Message]:
+    def refuse_control(self, messages: list[Message], name: str) -> list[Message]:
+        """`messages`, of which none spells a control token: a text must not open or close turns."""
         for i, message in enumerate(messages):
             text = json.dumps(message, ensure_ascii=False)
             for token in (*self.control_tokens, BEGIN, END):

@@ -49,3 +49,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     finally:
         if out.exists() or not old.exists():  # never the only copy of what was there
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or as it was."""
+    tmp = path.with_name(f".tmp-{path.name}")
+    tmp.write_text(text, encoding="utf-8")
+    fsync(tmp)
+    os.replace(tmp, path)

@@ -47,7 +47,7 @@ def generate(
         ValueError: an argument is out of range, a prompt is empty, or prompt and new tokens exceed the context.
     """
     c = model.config
-    _check(c.vocab_size, max_new_tokens, temperature, top_k, top_p)
+    check_sampling(c.vocab_size, max_new_tokens, temperature, top_k, top_p)
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"generate: input_ids must be a tensor, got {type(input_ids).__name__}")
     if input_ids.dim() != 2 or input_ids.numel() == 0:
@@ -77,14 +77,14 @@ def generate(
     done_B = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
     columns = [input_ids.long()]
     # for no new tokens too: it checks the prompt
-    logits_BV = _last(model(input_ids, attention_mask, cache=cache, logits_to_keep=1).logits)
+    logits_BV = last_logits(model(input_ids, attention_mask, cache=cache, logits_to_keep=1).logits)
     for count in range(max_new_tokens):
         next_B = choose(logits_BV, temperature, top_k, top_p, generators).masked_fill(done_B, padding)
         columns.append(next_B[:, None])
         done_B = done_B | torch.isin(next_B, end_tokens)
         if count + 1 == max_new_tokens or bool(done_B.all()):
             break
-        logits_BV = _last(model(next_B[:, None], cache=cache, logits_to_keep=1).logits)
+        logits_BV = last_logits(model(next_B[:, None], cache=cache, logits_to_keep=1).logits)
     return torch.cat(columns, dim=1)
 
 
@@ -115,7 +115,8 @@ def choose(
     return tokens_BV.gather(1, place_B1)[:, 0]
 
 
-def _last(logits_B1V: Tensor | None) -> Tensor:
+def last_logits(logits_B1V: Tensor | None) -> Tensor:
+    """(B, 1, V) to (B, V); a broken model is told from a quiet one."""
     if logits_B1V is None or not bool(torch.isfinite(logits_B1V).all()):
         raise ValueError("generate: logits must be finite, got inf or NaN; the weights are broken")
     return logits_B1V[:, -1]
@@ -152,9 +153,10 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, float) or _is_integer(value)
 
 
-def _check(
+def check_sampling(
     vocab_size: int, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
+    """Raises ValueError for what `choose` cannot work with."""
     if not (_is_integer(max_new_tokens) and max_new_tokens >= 0):
         raise ValueError(f"generate: max_new_tokens must be an integer >= 0, got {max_new_tokens!r}")
     if not (_is_number(temperature) and 0 <= temperature < math.inf):

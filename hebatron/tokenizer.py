@@ -173,7 +173,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Read a checkpoint folder's tokenizer.json, tokenizer_config.json and chat_template.jinja, if there."""
+    """Read a checkpoint folder's tokenizer.json, tokenizer_config.json and, if there is one, its chat template."""
     folder = Path(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
@@ -199,8 +199,23 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         )
     backend.no_truncation()  # a saved folder may carry a length limit; documents are never cut here
     backend.no_padding()
-    template = folder / "chat_template.jinja"
-    return Tokenizer(backend, config, _read_utf8(template) if template.is_file() else None)
+    return Tokenizer(backend, config, _read_template(folder, config))
+
+
+def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, or what older folders have in tokenizer_config.json: a text, or several with names."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return _read_utf8(file)
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    if found is not None and not isinstance(found, str):
+        raise ValueError(
+            f"load_tokenizer: chat_template must be a text, got {type(found).__name__} in {folder}"
+        )
+    return found
 
 
 def _read_utf8(path: Path) -> str:

@@ -2,26 +2,113 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from hebatron.verbs import Arguments, VerbGroup, add_verb, open_model
+from hebatron.verbs import Arguments, VerbGroup, add_verb, open_model, seed
+
+if TYPE_CHECKING:
+    from hebatron.benchmark import TaskResult
+    from hebatron.model import Hebatron
+    from hebatron.scoring import Estimate
+    from hebatron.tasks import TaskFile
+    from hebatron.tokenizer import Tokenizer
 
 
 def register(group: VerbGroup) -> None:
-    evaluate = add_verb(group, "eval", run, "bits per byte of a prepared corpus, by source")
+    evaluate = add_verb(group, "eval", run, "bits per byte of corpora, by source; accuracy in tasks")
     evaluate.add_argument("model", metavar="RUN|MODEL", type=Path, help="a run or model folder")
-    evaluate.add_argument("corpora", metavar="CORPUS", nargs="+", type=Path)
+    evaluate.add_argument("corpora", metavar="CORPUS", nargs="*", type=Path, help="a prepared corpus")
     evaluate.add_argument("--max-tokens", type=int, help="at most this many tokens of each source")
+    evaluate.add_argument(
+        "--tasks",
+        metavar="PATH",
+        nargs="+",
+        type=Path,
+        default=[],
+        help=".jsonl files named by task, or folders",
+    )
+    evaluate.add_argument("--task", metavar="NAME", help="all files are of this task, whatever their names")
+    evaluate.add_argument("--shots", type=int, help="worked examples; default: each task's own setting")
+    evaluate.add_argument("--limit", type=int, help="the first so many records of each file")
+    evaluate.add_argument("--seed", type=seed, default=0, help="of the choice of worked examples")
+    evaluate.add_argument("--chat", action="store_true", help="ask through the model's chat template")
+    evaluate.add_argument("--template", metavar="NAME|FILE", help="ask through this one: nemotron3, or Jinja")
+    evaluate.add_argument("--out", type=Path, help="figures and predictions as JSON")
 
 
 def run(arguments: Arguments) -> int:
+    from hebatron.files import replace_text
+    from hebatron.tasks import find_tasks
+
+    if not arguments.corpora and not arguments.tasks:
+        raise ValueError("eval: a CORPUS or --tasks must be given, got neither")
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise ValueError(f"eval: --out must be in a folder that exists, got {arguments.out}")
+    files = find_tasks(arguments.tasks, arguments.task)
+    model, tokenizer, _ = open_model(arguments.model)
+    found: dict[str, Any] = {"model": str(arguments.model)}
+    if arguments.corpora:
+        found["bits_per_byte"] = _corpora(arguments, model, tokenizer)
+    if files:
+        found |= _tasks(arguments, model, tokenizer, files)
+    if arguments.out is not None:
+        replace_text(arguments.out, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+    return 0
+
+
+def _corpora(arguments: Arguments, model: Hebatron, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
     from hebatron.data import Corpus
     from hebatron.evaluate import bits_per_byte
     from hebatron.metrics import printable_name
 
-    model, tokenizer, _ = open_model(arguments.model)
+    found = {}
     for folder in arguments.corpora:
         corpus = Corpus.open(folder, tokenizer)
-        for source, value in bits_per_byte(model, corpus, max_tokens=arguments.max_tokens).items():
+        found[str(folder)] = bits_per_byte(model, corpus, max_tokens=arguments.max_tokens)
+        for source, value in found[str(folder)].items():
             print(f"{value:8.4f} bits per byte  {folder}  {printable_name(source)}")
-    return 0
+    return found
+
+
+def _tasks(
+    arguments: Arguments, model: Hebatron, tokenizer: Tokenizer, files: list[TaskFile]
+) -> dict[str, Any]:
+    from hebatron.benchmark import mean_of, run_task
+    from hebatron.chat_template import open_template
+    from hebatron.files import file_sha256
+
+    chat = arguments.chat or arguments.template is not None
+    template = open_template(arguments.template, tokenizer) if chat else None
+    options = {
+        "shots": arguments.shots,
+        "limit": arguments.limit,
+        "seed": arguments.seed,
+        "template": template,
+    }
+    results = {}
+    for file in files:
+        results[file.name] = run_task(model, tokenizer, file, **options)
+        print(line(file.name, results[file.name]), flush=True)
+    mean = mean_of(list(results.values()))
+    print(f"{mean:8.4f} mean of {len(results)} tasks, worked examples by seed {arguments.seed}")
+    tables = {
+        file.name: {"file": str(file.path), "sha256": file_sha256(file.path), **results[file.name].table()}
+        for file in files
+    }
+    return {"mean": mean, "seed": arguments.seed, "chat": chat, "tasks": tables}
+
+
+def line(name: str, result: TaskResult) -> str:
+    """The headline with its error first, then the other figures."""
+    chance = "" if result.chance is None else f" (chance {result.chance:.4f})"
+    others = "".join(f"  {m} {_figure(e)}" for m, e in result.metrics.items() if m != result.metric)
+    cut = f"  {result.cut} prompts cut" if result.cut else ""
+    shown = f"{result.items} items, {result.shots} shots"
+    return f"{_figure(result.headline):>16} {result.metric}{chance}  {name}  {shown}{others}{cut}"
+
+
+def _figure(estimate: Estimate) -> str:
+    error = "" if estimate.stderr is None else f" ±{estimate.stderr:.4f}"
+    return f"{estimate.value:.4f}{error}"

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from task_toy import make_model, make_tokenizer
 from toy import WORDS
 
-from hebatron import Hebatron, ModelConfig, presets
+from hebatron import Hebatron, presets
 from hebatron.scoring import NORMS, Item, estimate, multiple_choice, score_choices, score_items
-from hebatron.tokenizer import Tokenizer, train_bpe
+from hebatron.tokenizer import Tokenizer
 
-TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(10)] + ["the answer is a word: yes, no"]
 ITEMS = [
     Item("שלום עולם", [" ספר ילד", " בית", " " + " ".join(WORDS * 2)], 1),
     Item("", ["ילד", "אמר יום"], 0),  # nothing before the choices
@@ -25,21 +25,12 @@ ITEMS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_bpe(TEXTS, 330)
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model() -> Hebatron:
     return make_model(presets.tiny(330), 3)
-
-
-def make_model(config: ModelConfig, seed: int) -> Hebatron:
-    model = Hebatron(config, seed=seed).eval()
-    with torch.no_grad():  # fresh weights are small, and every choice nearly as likely as the next
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    return model
 
 
 def alone(model: Hebatron, ids: Sequence[int], start: int) -> tuple[float, bool]:

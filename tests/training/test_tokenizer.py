@@ -169,3 +169,18 @@ def test_load_tokenizer_errors(tokenizer: Tokenizer, tmp_path: Path) -> None:
         json_file.write_bytes(contents)
         with pytest.raises(ValueError, match=r"load_tokenizer: tokenizer\.json must be readable, got"):
             load_tokenizer(tmp_path)
+
+
+def test_the_chat_template_of_older_folders_is_in_the_config(tmp_path: Path) -> None:
+    train_bpe(HEBREW, 300).save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "שלום"}]
+    for given, read in (("שלום", "שלום"), (named, "שלום"), (named[:1], None), (None, None)):
+        path.write_text(json.dumps(config | {"chat_template": given}), encoding="utf-8")
+        assert load_tokenizer(tmp_path).chat_template == read
+    path.write_text(json.dumps(config | {"chat_template": 3}), encoding="utf-8")
+    with pytest.raises(ValueError, match="chat_template must be a text, got int"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("newer", encoding="utf-8")
+    assert load_tokenizer(tmp_path).chat_template == "newer"
