@@ -4,6 +4,9 @@ A noun's folder holds one module per backend; each has a function with the publi
 arguments, and may have two more:
   supports_<op>(*args) -> None | reason      missing: supports everything
   <op>_bwd(grads, *args) -> list of gradients, one for each floating tensor argument that is not None, in order
+An operator made with `fake_keep` may have, in place of <op>_bwd, a forward that keeps tensors for its backward:
+  <op>_keep(*args) -> (*results, *kept)      called only when a gradient is needed
+  <op>_keep_bwd(grads, kept, wanted, *args) -> list as above; an empty tensor where wanted[i] is False
 A native one with CUDA has one more, kernels_<op>(*args): the files of csrc/cuda that may run.
 `torch` is a differentiable composite and is called as it is, so autograd and Inductor see through it. The others go
 through the private op hebatron::_<op>, whose backward hebatron::_<op>_bwd calls <op>_bwd or, where that is missing,
@@ -68,6 +71,7 @@ class Operator:
             (it travels as an empty tensor), and the caller gets None back.
         modules: the noun's implementation modules by backend; "emulator" is the native one again where it has CUDA.
         fake: shapes of the results from the arguments, for torch.compile.
+        fake_keep: shapes of what the backward is handed beside the arguments, where a form keeps any.
         differentiable: False for the operators that update a state in place.
     """
 
@@ -79,6 +83,7 @@ class Operator:
         modules: dict[str, ModuleType],
         fake: Callable[..., Any],
         differentiable: bool = True,
+        fake_keep: Callable[..., tuple[Tensor, ...]] | None = None,
     ) -> None:
         self.name, self.modules = name, modules
         self.differentiable = differentiable
@@ -95,12 +100,49 @@ class Operator:
             self.function = _autograd_function(
                 self.private, getattr(torch.ops.hebatron, f"_{name}_bwd").default
             )
+        if fake_keep is not None:
+            self.keeping = self._keeping_function(arguments, returns, fake, fake_keep)
         OPERATORS[name] = self
 
     def _form(self, backend: str, name: str) -> Any:
         """A function of the backend's module, or None where it is not written."""
         function = getattr(self.modules[backend], name, None)
         return partial(_native.emulated, function) if function and backend == "emulator" else function
+
+    def _keeping_function(
+        self, arguments: str, returns: str, fake: Callable[..., Any], fake_keep: Callable[..., Any]
+    ) -> type[torch.autograd.Function]:
+        """The private ops of a form that keeps tensors for its backward, and the function above them."""
+        forward, backward = f"_{self.name}_keep", f"_{self.name}_keep_bwd"
+
+        def run(*args: Any) -> list[Tensor]:
+            return list(self._form(args[-1], f"{self.name}_keep")(*args[:-1]))
+
+        def run_backward(
+            grads: list[Tensor], kept: list[Tensor], wanted: list[bool], *args: Any
+        ) -> list[Tensor]:
+            return self._form(args[-1], f"{self.name}_keep_bwd")(grads, kept, wanted, *args[:-1])
+
+        def fake_forward(*args: Any) -> list[Tensor]:
+            out = fake(*args[:-1])
+            return [*(out if isinstance(out, tuple) else (out,)), *fake_keep(*args[:-1])]
+
+        def fake_backward(grads: object, kept: object, wanted: list[bool], *args: Any) -> list[Tensor]:
+            found = _fake_gradients([], *args)
+            return [g if w else g.new_empty(0) for g, w in zip(found, wanted)]
+
+        _library.define(f"{forward}({arguments}, str backend) -> Tensor[]")
+        _library.impl(forward, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hebatron::{forward}", fake_forward, lib=_library)
+        _library.define(
+            f"{backward}(Tensor[] grads, Tensor[] kept, bool[] wanted, {arguments}, str backend) -> Tensor[]"
+        )
+        _library.impl(backward, run_backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hebatron::{backward}", fake_backward, lib=_library)
+        ops = torch.ops.hebatron
+        return _autograd_function(
+            getattr(ops, forward).default, getattr(ops, backward).default, results=returns.count("Tensor")
+        )
 
     def _opaque_forward(self, *args: Any) -> Any:
         out = self.forwards[args[-1]](*args[:-1])
@@ -171,7 +213,10 @@ class Operator:
             )
         if choice == "torch":
             return _without_autocast(self.forwards["torch"], args)
-        return self.function.apply(*args, choice) if wants_grad else self.private(*args, choice)
+        if not wants_grad:
+            return self.private(*args, choice)
+        keeps = self._form(choice, f"{self.name}_keep") is not None
+        return (self.keeping if keeps else self.function).apply(*args, choice)
 
 
 @contextmanager
@@ -220,13 +265,19 @@ def _fake_gradients(grads: list[Tensor], *args: Any) -> list[Tensor]:
     return [torch.empty_like(a, memory_format=torch.contiguous_format) for a in args if _is_float(a)]
 
 
-def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd.Function]:
+def _autograd_function(forward_op: Any, backward_op: Any, results: int = 0) -> type[torch.autograd.Function]:
+    """The autograd of a private op; with `results` it returns a list, what follows them being kept."""
+
     class Opaque(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            ctx.save_for_backward(*[a for a in args if isinstance(a, Tensor)])
             ctx.others = [None if isinstance(a, Tensor) else (a,) for a in args]
+            tensors = [a for a in args if isinstance(a, Tensor)]
             out = forward_op(*args)
+            kept = out[results:] if results else []
+            ctx.save_for_backward(*tensors, *kept)
+            if results:
+                out = out[0] if results == 1 else tuple(out[:results])
             if not isinstance(out, Tensor):  # Dynamo refuses the call beside a single output
                 ctx.mark_non_differentiable(*[o for o in out if not o.is_floating_point()])
             return out
@@ -240,8 +291,15 @@ def _autograd_function(forward_op: Any, backward_op: Any) -> type[torch.autograd
                 )
             saved = iter(ctx.saved_tensors)
             args = [next(saved) if other is None else other[0] for other in ctx.others]
-            found = iter(backward_op([g.contiguous() for g in grads], *args))
-            return tuple(next(found) if _is_float(a) else None for a in args)
+            upstream = [g.contiguous() for g in grads]
+            if not results:
+                found = iter(backward_op(upstream, *args))
+                return tuple(next(found) if _is_float(a) else None for a in args)
+            needs = ctx.needs_input_grad
+            wanted = [need for a, need in zip(args, needs) if _is_float(a)]
+            found = iter(backward_op(upstream, list(saved), wanted, *args))
+            slots = [next(found) if _is_float(a) else None for a in args]
+            return tuple(value if need else None for value, need in zip(slots, needs))
 
     return Opaque
 

@@ -173,6 +173,14 @@ def check_registration(op_name: str, *args: Any, backend: str, dtype: torch.dtyp
         grads = [torch.ones_like(o) for o in outputs]
         backward = getattr(torch.ops.hebatron, f"_{op_name}_bwd").default
         torch.library.opcheck(backward, (grads, *values, backend))
+        if operator._form(backend, f"{op_name}_keep") is not None:
+            forward = getattr(torch.ops.hebatron, f"_{op_name}_keep").default
+            backward = getattr(torch.ops.hebatron, f"_{op_name}_keep_bwd").default
+            torch.library.opcheck(forward, (*values, backend))
+            kept = forward(*values, backend)[len(outputs) :]
+            for wanted in (True, False):
+                needs = [wanted for a in values if isinstance(a, Tensor) and a.is_floating_point()]
+                torch.library.opcheck(backward, (grads, kept, needs, *values, backend))
 
 
 def check_fullgraph(

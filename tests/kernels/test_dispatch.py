@@ -119,6 +119,57 @@ def test_a_native_form_without_backward_differentiates_the_torch_form():
         del _dispatch.OPERATORS["square"]
 
 
+def test_a_form_keeps_tensors_for_its_backward_and_is_told_which_gradients_are_wanted():
+    told = []
+
+    def module(**functions):
+        made = ModuleType("scaled")
+        for name, function in functions.items():
+            setattr(made, name, function)
+        return made
+
+    def keep_bwd(grads, kept, wanted, x, weight, factor):
+        told.append(list(wanted))
+        grad = grads[0] * factor
+        found = [lambda: grad * weight, lambda: grad * kept[0]]
+        return [make() if want else x.new_empty(0) for make, want in zip(found, wanted)]
+
+    def plain(x, weight, factor):
+        return x * weight * factor
+
+    forms = {
+        "native": module(
+            scaled=plain,
+            scaled_keep=lambda x, weight, factor: (x * weight * factor, x.clone()),
+            scaled_keep_bwd=keep_bwd,
+        ),
+        "torch": module(scaled=plain),
+        "reference": module(scaled=plain),
+    }
+    scaled = _dispatch.Operator(
+        "scaled",
+        "Tensor x, Tensor weight, float factor",
+        "Tensor",
+        forms,
+        lambda x, *_: torch.empty_like(x),
+        fake_keep=lambda x, *_: (torch.empty_like(x),),
+    )
+    try:
+        args = [torch.randn(5), torch.randn(5), 2.0]
+        want = testing.run(scaled, args, backend="torch")
+        for backend in ("native", "reference"):
+            got = testing.run(scaled, args, backend=backend)
+            assert all(torch.equal(got[name], want[name]) for name in want)
+        weight = args[1].clone().requires_grad_()
+        scaled(args[0], weight, 2.0, backend="native").sum().backward()
+        assert torch.equal(weight.grad, 2 * args[0]) and told == [[True, True], [False, True]]
+        assert torch.equal(scaled(*args, backend="native"), want["out0"]) and len(told) == 2
+        testing.check_registration("scaled", *args, backend="native")
+        testing.check_fullgraph(scaled, args, "native")
+    finally:
+        del _dispatch.OPERATORS["scaled"]
+
+
 def test_a_tensor_on_another_device_is_named():
     """The last check before the pointers cross; no operator lets it come so far."""
 
