@@ -17,6 +17,7 @@ from hebatron.verbs import (
     data_inspect,
     data_prepare,
     data_score,
+    data_split,
     doctor,
     export_hf,
     generate,
@@ -80,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     data_verbs = data.add_subparsers(metavar="VERB", required=True)
     data_prepare.register(data_verbs)
     data_score.register(data_verbs)
+    data_split.register(data_verbs)
     data_inspect.register(data_verbs)
     plan.register(verbs)
     train.register(verbs)

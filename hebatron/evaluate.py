@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -92,18 +94,9 @@ def _score(
     routing: LanguageCounts | None,
 ) -> float:
     nats = 0.0
-    for batch in _batches(_pieces(model, corpus, documents), batch_tokens):
-        # (input, target) pairs as in training: the end-of-text token is a target and never an input
-        ids_T = torch.cat([piece[:-1] for _, piece in batch])
-        labels_T = torch.cat([piece[1:] for _, piece in batch])
-        lengths = torch.tensor([len(piece) - 1 for _, piece in batch])
-        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
-        output = model(
-            ids_T.to(model.device),
-            cu_seqlens=cu_seqlens.to(model.device),
-            labels=labels_T.to(model.device),
-            loss_reduction="sum",
-        )
+    longest = model.config.max_position_embeddings
+    for batch in _batches(_pieces(corpus, documents, longest), batch_tokens):
+        output, lengths = _forward(model, [piece for _, piece in batch], "sum")
         nats += float(output.loss)
         if routing is not None:
             language_Q = torch.tensor([corpus.langs.index(corpus.lang(i)) for i, _ in batch])
@@ -112,11 +105,63 @@ def _score(
     return nats / math.log(2) / sum(corpus.byte_count(i) * read / int(total[i]) for i, read in documents)
 
 
+def piece_bits(
+    model: Hebatron,
+    corpus: Corpus,
+    *,
+    piece_tokens: int,
+    max_tokens: int | None = None,
+    batch_tokens: int = 8192,
+) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[np.float64]]]:
+    """(document, the piece's targets, the bits each of them costs) of every document, in order, piece by piece.
+
+    The first token of a document is no target; the end-of-text token is its last one. Pieces know nothing of each
+    other and have the same bits in any company.
+
+    Args:
+        piece_tokens: targets of a piece, at most; fewer where the model's context is shorter.
+        max_tokens: of each document, from its beginning; None: all.
+    """
+    for name, value in (
+        ("piece_tokens", piece_tokens),
+        ("max_tokens", max_tokens),
+        ("batch_tokens", batch_tokens),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"piece_bits: {name} must be >= 1, got {value}")
+    longest = min(piece_tokens, model.config.max_position_embeddings)
+    reads = corpus.lengths if max_tokens is None else np.minimum(corpus.lengths, max_tokens + 1)
+    pieces = _pieces(corpus, list(enumerate(reads.tolist())), longest)
+    with evaluating(model):
+        for batch in _batches(pieces, batch_tokens):
+            output, lengths = _forward(model, [piece for _, piece in batch], "none")
+            bits = (output.loss.double() / math.log(2)).split(lengths.tolist())
+            for (i, piece), found in zip(batch, bits, strict=True):
+                yield i, piece[1:].numpy(), found.cpu().numpy()
+
+
+def _forward(model: Hebatron, pieces: Sequence[Tensor], reduction: str) -> tuple[Any, Tensor]:
+    """The model's output on these pieces, isolated, and the targets of each.
+
+    As in training, the end-of-text token is a target and never an input.
+    """
+    ids_T = torch.cat([piece[:-1] for piece in pieces])
+    labels_T = torch.cat([piece[1:] for piece in pieces])
+    lengths = torch.tensor([len(piece) - 1 for piece in pieces])
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)
+    output = model(
+        ids_T.to(model.device),
+        cu_seqlens=cu_seqlens.to(model.device),
+        labels=labels_T.to(model.device),
+        loss_reduction=reduction,
+    )
+    return output, lengths
+
+
 def _pieces(
-    model: Hebatron, corpus: Corpus, documents: Sequence[tuple[int, int]]
+    corpus: Corpus, documents: Iterable[tuple[int, int]], longest: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """(document, tokens) in pieces the model can take; a piece begins with the last one's last target."""
-    longest = model.config.max_position_embeddings
+    """(document, tokens) in pieces of at most `longest` targets; one begins with the last one's last target."""
     for i, read in documents:
         tokens = torch.from_numpy(corpus.tokens(i)[:read].astype(np.int64))
         for start in range(0, read - 1, longest):

@@ -453,7 +453,8 @@ class Hebatron(nn.Module):
                 computed without building logits, and logits are only returned if logits_to_keep is given too.
             logits_to_keep: only the last n real tokens of each sequence: logits are (Q, n, V), right-aligned, zeros
                 where a sequence is shorter.
-            loss_reduction: "mean" over the targets that count, or "sum".
+            loss_reduction: "mean" over the targets that count, "sum", or "none": one loss for each real token, 0
+                where the target is ignored.
 
         Raises:
             ValueError: naming the argument, what was expected and what came; the cache is then as it was.
@@ -609,7 +610,8 @@ def _enter(
         _must(got == shape, "labels", f"have the shape of input_ids {shape}", got)
         _must(labels.dtype == torch.int64, "labels", "be int64", labels.dtype)
         _must(labels.device == device, "labels", f"be on {device} like the model", labels.device)
-    _must(loss_reduction in ("mean", "sum"), "loss_reduction", "be 'mean' or 'sum'", repr(loss_reduction))
+    rule = "be 'mean', 'sum' or 'none'"
+    _must(loss_reduction in ("mean", "sum", "none"), "loss_reduction", rule, repr(loss_reduction))
     n = logits_to_keep
     whole = n is None or (isinstance(n, int) and not isinstance(n, bool) and n >= 1)
     _must(whole, "logits_to_keep", "be None or an integer >= 1", n)

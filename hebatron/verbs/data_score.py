@@ -3,28 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from hebatron.verbs import Arguments, VerbGroup, add_verb
+from hebatron.verbs import Arguments, VerbGroup, add_verb, open_model
 
 
 def register(group: VerbGroup) -> None:
-    score = add_verb(group, "score", run, "measure how hard each document is, and split a corpus into phases")
+    score = add_verb(group, "score", run, "measure how hard each document is; data split makes phases of it")
     score.add_argument("corpus", metavar="CORPUS", type=Path)
-    score.add_argument("--tokenizer", type=Path, required=True, help="the folder of the corpus's tokenizer")
+    score.add_argument("--tokenizer", type=Path, help="the corpus's tokenizer; not needed with --model")
+    score.add_argument(
+        "--model", type=Path, metavar="RUN|MODEL", help="adds this model's bits a character to the measures"
+    )
+    score.add_argument(
+        "--model-tokens", type=int, metavar="N", help="let the model read at most N tokens of each document"
+    )
+    score.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="MEASURE=W",
+        help="weight of a measure in the score (default 1 each); may be given again",
+    )
     score.add_argument("--phases", type=int, default=3, help="print the split into this many equal shares")
+    score.add_argument("--plot", type=Path, metavar="PNG", help="draw every measure by source")
 
 
 def run(arguments: Arguments) -> int:
     from hebatron.corpus import Corpus, write_scores
-    from hebatron.difficulty import MEASURES, measure, split_phases
+    from hebatron.difficulty import METHOD, measure, score_weights, split_phases
     from hebatron.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(arguments.tokenizer)
     if arguments.phases < 1:
         raise ValueError(f"data score: --phases must be at least 1, got {arguments.phases}")
+    if arguments.model is None and (arguments.tokenizer is None or arguments.model_tokens is not None):
+        missing = "--model" if arguments.model_tokens is not None else "--tokenizer or --model"
+        raise ValueError(f"data score: {missing} must be given, got neither")
+    weights = _weights(arguments.weight)
+    model = None
+    if arguments.model is not None:
+        model, tokenizer, _ = open_model(arguments.model)
+        Corpus.open(arguments.corpus, tokenizer, verify=False)  # the model's must be the corpus's
+    if arguments.tokenizer is not None:
+        tokenizer = load_tokenizer(arguments.tokenizer)
     corpus = Corpus.open(arguments.corpus, tokenizer)
-    columns = measure(corpus, tokenizer)
-    write_scores(arguments.corpus, columns, {"name": "ranks-v1", "measures": list(MEASURES)})
+    columns = measure(corpus, tokenizer, model, weights=weights, model_tokens=arguments.model_tokens)
+    names = [name for name in columns if name != "difficulty"]
+    method: dict[str, Any] = {"name": METHOD, "weights": score_weights(names, weights)}
+    if model is not None:
+        method |= {"model": arguments.model.name, "model_tokens": arguments.model_tokens}
+    write_scores(arguments.corpus, columns, method)
     phases = split_phases(columns["difficulty"], corpus.lengths, [1.0] * arguments.phases)
     for phase in range(arguments.phases):
         inside = phases == phase
@@ -32,4 +60,19 @@ def run(arguments: Arguments) -> int:
         print(
             f"phase {phase + 1}: {inside.sum():,} documents {corpus.lengths[inside].sum():,} tokens  {means}"
         )
+    if arguments.plot is not None:
+        from hebatron.difficulty_figure import plot_difficulty
+
+        print(plot_difficulty(Corpus.open(arguments.corpus, verify=False), arguments.plot, arguments.phases))
     return 0
+
+
+def _weights(given: list[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            raise ValueError(f"data score: --weight must be MEASURE=NUMBER, got {text!r}") from None
+    return weights

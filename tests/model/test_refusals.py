@@ -46,7 +46,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"labels": IDS.int()}, "labels must be int64, got torch.int32"),
     ({"labels": IDS + 60}, r"labels must be in \[0, 64\), got 67"),
     ({"labels": IDS - 3}, r"labels must be in \[0, 64\), got -3"),
-    ({"labels": IDS, "loss_reduction": "max"}, "loss_reduction must be 'mean' or 'sum', got 'max'"),
+    ({"labels": IDS, "loss_reduction": "max"}, "loss_reduction must be 'mean', 'sum' or 'none', got 'max'"),
     ({"logits_to_keep": 0}, "logits_to_keep must be None or an integer >= 1, got 0"),
     ({"logits_to_keep": True}, "logits_to_keep must be None or an integer >= 1, got True"),
     ({"logits_to_keep": 2.5}, "logits_to_keep must be None or an integer >= 1, got 2.5"),

@@ -10,7 +10,7 @@ from toy import write_corpora
 
 from hebatron import presets
 from hebatron.corpus import Corpus
-from hebatron.evaluate import bits_per_byte, choose_documents
+from hebatron.evaluate import bits_per_byte, choose_documents, piece_bits
 from hebatron.model import Hebatron
 
 
@@ -110,3 +110,28 @@ def test_bits_per_byte_refuses_an_empty_budget(model: Hebatron, corpus: Corpus) 
         bits_per_byte(model, corpus, batch_tokens=0)
     with pytest.raises(ValueError, match="max_tokens must be None or >= 2, got 1"):
         bits_per_byte(model, corpus, max_tokens=1)
+
+
+def test_piece_bits_are_those_of_each_piece_alone(model: Hebatron, corpus: Corpus) -> None:
+    for piece, limit, batch in ((7, None, 1), (7, 9, 60), (10_000, None, 300)):
+        found = list(piece_bits(model, corpus, piece_tokens=piece, max_tokens=limit, batch_tokens=batch))
+        assert [i for i, _, _ in found] == sorted(i for i, _, _ in found)
+        for i in range(len(corpus)):
+            tokens = corpus.tokens(i).astype("int64")[: None if limit is None else limit + 1]
+            mine = [(targets, bits) for at, targets, bits in found if at == i]
+            assert np.concatenate([targets for targets, _ in mine]).tolist() == tokens[1:].tolist()
+            assert all(len(bits) == len(targets) <= piece for targets, bits in mine)
+            if i % 9 == 0:
+                start = 0
+                for targets, bits in mine:
+                    ids = torch.from_numpy(tokens[start : start + len(targets)])
+                    with torch.no_grad():
+                        logits_LV = model(ids[None]).logits[0].double().log_softmax(-1)
+                    alone = -logits_LV.gather(1, torch.from_numpy(targets)[:, None])[:, 0] / math.log(2)
+                    assert np.allclose(bits, alone.numpy(), atol=1e-4)
+                    start += len(targets)
+    short = Hebatron(replace(presets.tiny(320), max_position_embeddings=8), seed=3)
+    assert max(len(bits) for _, _, bits in piece_bits(short, corpus, piece_tokens=99)) == 8
+    for name in ("piece_tokens", "max_tokens", "batch_tokens"):
+        with pytest.raises(ValueError, match=f"piece_bits: {name} must be >= 1, got 0"):
+            next(piece_bits(model, corpus, **{"piece_tokens": 4, name: 0}))
