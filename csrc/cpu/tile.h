@@ -26,12 +26,14 @@ constexpr int kTileColumns = kTileVectors * kLanes;  // 64, or 32 where a vector
 template <class T>
 constexpr int kUnit = 4 / int(sizeof(T));  // elements of k that are multiplied in one step
 
-// A panel of B: kTileColumns columns beside one another, [units of k][kTileColumns][kUnit].
+// A panel of B: kTileColumns columns beside one another, [units of k][kTileColumns][kUnit]. The last one of a matrix may
+// be narrower, of as many vectors as its columns need (NV, `vectors`).
 template <class T>
 static inline int64_t units_of(int64_t k) { return (k + kUnit<T> - 1) / kUnit<T>; }
 template <class T>
 static inline int64_t panel_elements(int64_t k) { return units_of<T>(k) * kTileColumns * kUnit<T>; }
 static inline int64_t panels_of(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns; }
+static inline int vectors_of(int64_t columns) { return int((std::min<int64_t>(columns, kTileColumns) + kLanes - 1) / kLanes); }
 
 // kLanes units of 32 bits as they lie in memory: fp32 values, or pairs of bf16 whose first is the low half.
 #if defined(HEBATRON_ISA_AVX512) || defined(HEBATRON_ISA_AVX512_BF16)
@@ -87,36 +89,44 @@ HEBATRON_INLINE Vec multiply_add(Units a, Units b, Vec c) {
 #endif
 }
 
-template <class T, int MR, int kFirst, int kCount>
-HEBATRON_INLINE void tile_part(Vec (&acc)[MR][kTileVectors], const T* a, int64_t ai, int64_t ak, const T* b, int64_t units) {
-  for (int64_t k = 0; k < units; k++, a += ak, b += kTileColumns * kUnit<T>) {
+template <class T, int MR, int NV, int kFirst, int kCount>
+HEBATRON_INLINE void tile_part(Vec (&acc)[MR][NV], const T* const (&rows)[MR], int64_t ak, const T* b, int64_t units) {
+  int64_t k = 0;
+  for (int64_t u = 0; u < units; u++, k += ak, b += NV * kLanes * kUnit<T>) {
     Units columns[kCount];
     HEBATRON_UNROLL for (int j = 0; j < kCount; j++) columns[j] = load_units(b + (kFirst + j) * kLanes * kUnit<T>);
     HEBATRON_UNROLL for (int i = 0; i < MR; i++) {
-      uint32_t u;
-      std::memcpy(&u, a + i * ai, 4);
-      const Units row = set1_units(u);
+      uint32_t bits;
+      std::memcpy(&bits, rows[i] + k, 4);
+      const Units row = set1_units(bits);
       HEBATRON_UNROLL for (int j = 0; j < kCount; j++)
         acc[i][kFirst + j] = multiply_add<T>(row, columns[j], acc[i][kFirst + j]);
     }
   }
 }
 
-// acc += A B over `units` steps of k. Step u of row i of A are the kUnit<T> elements from a[i * ai + u * ak] on (ak is
-// kUnit<T> where k is contiguous); b is a panel, or the part of one from some step of k on.
-template <class T, int MR>
-HEBATRON_INLINE void tile(Vec (&acc)[MR][kTileVectors], const T* a, int64_t ai, int64_t ak, const T* b, int64_t units) {
-  if constexpr (kLanes == 16) {
-    tile_part<T, MR, 0, 4>(acc, a, ai, ak, b, units);
+// acc += A B over `units` steps of k. Step u of row i of A are the kUnit<T> elements from rows[i][u * ak] on (ak is
+// kUnit<T> where k is contiguous); b is a panel of NV vectors, or the part of one from some step of k on.
+template <class T, int MR, int NV>
+HEBATRON_INLINE void tile(Vec (&acc)[MR][NV], const T* const (&rows)[MR], int64_t ak, const T* b, int64_t units) {
+  if constexpr (kLanes == 16 || NV <= 2) {
+    tile_part<T, MR, NV, 0, NV>(acc, rows, ak, b, units);
   } else {
-    tile_part<T, MR, 0, 2>(acc, a, ai, ak, b, units);
-    tile_part<T, MR, 2, 2>(acc, a, ai, ak, b, units);
+    tile_part<T, MR, NV, 0, 2>(acc, rows, ak, b, units);
+    tile_part<T, MR, NV, 2, NV - 2>(acc, rows, ak, b, units);
   }
 }
+// The same for rows that lie `ai` elements apart.
+template <class T, int MR, int NV>
+HEBATRON_INLINE void tile(Vec (&acc)[MR][NV], const T* a, int64_t ai, int64_t ak, const T* b, int64_t units) {
+  const T* rows[MR];
+  HEBATRON_UNROLL for (int i = 0; i < MR; i++) rows[i] = a + i * ai;
+  tile(acc, rows, ak, b, units);
+}
 
-template <int MR>
-HEBATRON_INLINE void clear(Vec (&acc)[MR][kTileVectors]) {
-  HEBATRON_UNROLL for (int i = 0; i < MR; i++) HEBATRON_UNROLL for (int j = 0; j < kTileVectors; j++) acc[i][j] = set1(0.0f);
+template <int MR, int NV>
+HEBATRON_INLINE void clear(Vec (&acc)[MR][NV]) {
+  HEBATRON_UNROLL for (int i = 0; i < MR; i++) HEBATRON_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = set1(0.0f);
 }
 
 // Calls body(first row, std::integral_constant<int, MR>) for strips of six rows and once for the one to five left over.
@@ -201,27 +211,28 @@ HEBATRON_INLINE Units gather_units(const S* from, int64_t filled) {
 // One panel of B from columns whose k elements are contiguous: B(k, n) = from[n * n_stride + k], rounded to T;
 // `columns` <= kTileColumns of them.
 template <class T, class S>
-static void pack_columns(T* panel, const S* from, int64_t n_stride, int64_t k, int64_t columns) {
-  const int64_t units = units_of<T>(k);
+static void pack_columns(T* panel, const S* from, int64_t n_stride, int64_t k, int64_t columns, int vectors = kTileVectors) {
+  const int64_t units = units_of<T>(k), width = vectors * kLanes;
   for (int64_t begin = 0; begin < units; begin += kLanes)
-    for (int64_t n = 0; n < kTileColumns; n += kLanes) {
+    for (int64_t n = 0; n < width; n += kLanes) {
       Units block[kLanes];
       for (int64_t i = 0; i < kLanes; i++)
         block[i] = n + i < columns ? gather_units<T>(from + (n + i) * n_stride + begin * kUnit<T>, k - begin * kUnit<T>) : set1_units(0);
       transpose(block);
       for (int64_t i = 0; i < std::min<int64_t>(kLanes, units - begin); i++)
-        store_units(panel + ((begin + i) * kTileColumns + n) * kUnit<T>, block[i]);
+        store_units(panel + ((begin + i) * width + n) * kUnit<T>, block[i]);
     }
 }
 
 // One panel of B from rows: B(k, n) = row(k)[n], rounded to T; row(k) is a pointer to `columns` <= kTileColumns elements.
 template <class T, class Row>
-static void pack_rows(T* panel, const Row& row, int64_t k, int64_t columns) {
-  for (int64_t step = 0; step < units_of<T>(k); step++, panel += kTileColumns * kUnit<T>) {
+static void pack_rows(T* panel, const Row& row, int64_t k, int64_t columns, int vectors = kTileVectors) {
+  const int64_t width = vectors * kLanes;
+  for (int64_t step = 0; step < units_of<T>(k); step++, panel += width * kUnit<T>) {
     const int64_t k0 = step * kUnit<T>;
     const auto* first = row(k0);
     const auto* second = kUnit<T> == 2 && k0 + 1 < k ? row(k0 + 1) : nullptr;
-    for (int64_t n = 0; n < kTileColumns; n += kLanes) {
+    for (int64_t n = 0; n < width; n += kLanes) {
       const int filled = int(std::clamp<int64_t>(columns - n, 0, kLanes));
       T parts[2][kLanes] = {};
       if (filled) store(parts[0], load_lanes(first + n, filled));
