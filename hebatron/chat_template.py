@@ -262,7 +262,8 @@ def end_of_turn(template: ChatTemplate, control_tokens: frozenset[str]) -> str:
     places = sorted((tail.index(token), -len(token), token) for token in control_tokens if token in tail)
     if not places:
         raise TemplateError(
-            f"chat template: an assistant turn must end with a control token of the tokenizer, got {tail!r} behind it"
+            f"chat template: an assistant turn must end with a control token of the tokenizer, got {tail!r} behind it; "
+            "a tokenizer that `hebatron data prepare --train-tokenizer` makes has those of the hub's form"
         )
     return places[0][2]
 

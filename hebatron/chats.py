@@ -15,11 +15,12 @@ has no end to learn. A chat without a learnt token is dropped. All of it is coun
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,6 +69,7 @@ class Sample:
     task: str
     lang: str
     source: str
+    digest: str = ""  # sha256 of the chat's messages and tools, whatever file, template and tokenizer
 
 
 @dataclass
@@ -225,7 +227,9 @@ class ChatEncoder:
                 f"{chat.name}: the loss mask must be the same by prefixes and by offsets, got "
                 f"{bool(by_prefix[at])} and {bool(by_offset[at])} for token {at} of {len(ids)}",
             )
-        return Sample(np.asarray(ids, np.int32), by_prefix, chat.name, chat.task, chat.lang, chat.source)
+        digest = hashlib.sha256(json.dumps([chat.messages, chat.tools], sort_keys=True).encode()).hexdigest()
+        ids_T = np.asarray(ids, np.int32)
+        return Sample(ids_T, by_prefix, chat.name, chat.task, chat.lang, chat.source, digest)
 
     def _render(self, chat: Chat, messages: Sequence[Message], **options: Any) -> str:
         return self.template.render(messages, tools=chat.tools, keep_reasoning=True, **options)
@@ -367,5 +371,5 @@ def encode_chats(
         ledger.truncated += too_long
         ledger.tokens += len(ids)
         ledger.learnt += int(learn.sum())
-        samples.append(Sample(ids, learn, sample.name, sample.task, sample.lang, sample.source))
+        samples.append(replace(sample, ids=ids, learn=learn))
     return samples, ledger

@@ -159,12 +159,17 @@ def export_hf(
         _write_weights(model, target, dtype, shard_bytes)
         _write_json(target / "config.json", _hub_config(model, dtype) | {"time_step_min": low})
         _write_json(target / ORIGINAL, {"config": {"time_step_min": config.time_step_min}})
-        tokens: dict[str, Any] = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
-        tokens["eos_token_id"] = list(config.eos_token_ids) or None
-        _write_json(target / "generation_config.json", {n: v for n, v in tokens.items() if v is not None})
+        write_generation_config(config, target)
         for name in TOKENIZER_FILES if source is not None else ():
             if source is not None and (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
+
+
+def write_generation_config(config: ModelConfig, folder: Path) -> None:
+    """Which tokens begin, pad and end a text, where transformers and the serving engines look for them."""
+    tokens: dict[str, Any] = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
+    tokens["eos_token_id"] = list(config.eos_token_ids) or None
+    _write_json(folder / "generation_config.json", {n: v for n, v in tokens.items() if v is not None})
 
 
 # ---- reading

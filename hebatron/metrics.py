@@ -1,12 +1,16 @@
 """Metrics of a run: metrics.jsonl is the truth, the terminal panel and the plot are views of it.
 
 One JSON object per line, in step order, each with "kind" and "step" (optimizer steps completed):
+    chats   first in a run over chats: read, used, dropped (by reason), truncated, held_out, measured (of
+            those), rows (ChatRows.describe: masked shares in all, by task and by language)
     step    phase, loss, aux_loss, lr, grad_norm, tokens, loss_tokens, anchor_tokens, skipped, router,
             router_languages and expert_overlap (router.py) of the step's tokens; anchor_kl (anchor_kl.py) in runs
             with the term: nats a token of the anchor's rows, null in a step without any
     eval    phase, bpb (bits per byte by source), router_load (expert counts of that step, by MoE layer),
-            router_languages and expert_overlap of the held-out text, alarms (lines; router.py has the thresholds)
-    sample  prompt, text
+            router_languages and expert_overlap of the held-out text, alarms (lines; router.py has the thresholds);
+            for chats also chat_loss (nats per learnt token of held-out ones: "all", "task/<name>", "lang/<name>")
+            and chat_router (the two keys of router health on those chats)
+    sample  prompt, text, chat (whether text answers the prompt or goes on with it)
 What depends on the clock is under "time" alone, so that a resumed run's file equals an uninterrupted one's
 in everything else.
 """
@@ -39,6 +43,7 @@ class MetricsWriter:
     def __init__(self, path: Path, step: int) -> None:
         kept = [entry for entry in _records(path) if entry[1]["step"] <= step] if path.exists() else []
         self.last_step: int = kept[-1][1]["step"] if kept else 0
+        self.empty = not kept
         tmp = path.with_name(f".tmp-{path.name}")
         with tmp.open("wb") as file:
             file.writelines(line for line, _ in kept)
@@ -132,6 +137,12 @@ def bpb_text(bpb: dict[str, float]) -> str:
     return "  ".join(f"{printable_name(source)} {value:.3f}" for source, value in bpb.items())
 
 
+def sample_text(record: Record) -> str:
+    """A sample as one text; the answer to a chat's prompt begins a line of its own."""
+    text: str = record["prompt"] + ("\n" if record.get("chat") else "") + record["text"]
+    return text
+
+
 class Reporter(Protocol):
     """Where progress goes: `step` gets each step's record and the tokens per expert of each MoE layer."""
 
@@ -172,11 +183,14 @@ class PlainReporter:
 
     def event(self, record: Record) -> None:
         if record["kind"] == "eval":
-            self.note(f"step {record['step']}  bits per byte: {bpb_text(record['bpb'])}")
+            if record["bpb"]:
+                self.note(f"step {record['step']}  bits per byte: {bpb_text(record['bpb'])}")
+            if record.get("chat_loss"):
+                self.note(f"step {record['step']}  chat loss: {bpb_text(record['chat_loss'])}")
             for line in record.get("alarms", ()):
                 self.note(f"ALARM step {record['step']}  {line}")
         elif record["kind"] == "sample":
-            self.note(f"step {record['step']}  sample:\n{record['prompt'] + record['text']}")
+            self.note(f"step {record['step']}  sample:\n{sample_text(record)}")
 
 
 class LiveReporter:
@@ -267,7 +281,7 @@ class LiveReporter:
         if self.sample is not None:  # Hebrew on a line of its own: the terminal orders right-to-left text
             parts += [
                 Text(f"sample at step {self.sample['step']}:"),
-                Text(printable(self.sample["prompt"] + self.sample["text"])),
+                Text(printable(sample_text(self.sample))),
             ]
         return Panel(Group(*parts), title=Text(printable_name(self.title)))
 

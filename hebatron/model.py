@@ -38,6 +38,7 @@ from hebatron_kernels import (
 from .cache import Cache, CacheStep
 from .config import ModelConfig
 from .generate import generate
+from .router import load_entropy, sequence_balance_loss
 
 # fp16 overflows in squared ReLU and in long sums
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -281,38 +282,6 @@ class MoE(nn.Module):
         return y_TD, stats
 
 
-def sequence_balance_loss(logits_TE: Tensor, ids_TK: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """E * sum_e f_e P_e in each sequence, averaged over the tokens of all: 1 when every expert gets its share.
-
-    f_e is the share of the sequence's choices that fell on expert e (no gradient), P_e the mean of its scores divided
-    by their sum. The average is over tokens and not over sequences, so a document of three tokens, which cannot be
-    balanced, weighs three tokens.
-    """
-    T, E = logits_TE.shape
-    K = ids_TK.shape[1]
-    scores_TE = torch.sigmoid(logits_TE)
-    shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
-    if cu_seqlens is None:
-        sequence_T, lengths_Q = torch.zeros_like(ids_TK[:, 0]), ids_TK.new_full((1,), T)
-    else:
-        token_T = torch.arange(T, device=ids_TK.device)
-        sequence_T = torch.searchsorted(cu_seqlens[1:].long(), token_T, right=True)
-        lengths_Q = cu_seqlens.diff().long()
-    Q = lengths_Q.shape[0]
-    slots = (sequence_T[:, None] * E + ids_TK).flatten()
-    chosen_QE = torch.zeros(Q * E, dtype=logits_TE.dtype, device=logits_TE.device)
-    chosen_QE = chosen_QE.index_add(0, slots, torch.ones_like(slots, dtype=logits_TE.dtype)).view(Q, E)
-    shares_QE = torch.zeros_like(chosen_QE).index_add(0, sequence_T, shares_TE)
-    per_sequence_Q = (chosen_QE * shares_QE).sum(-1) / lengths_Q.clamp(min=1)
-    return per_sequence_Q.sum() * (E / (K * max(T, 1)))
-
-
-def load_entropy(counts_E: Tensor) -> Tensor:
-    """Entropy of the experts' shares of the tokens, divided by log E."""
-    shares_E = counts_E / counts_E.sum().clamp(min=1)
-    return torch.special.entr(shares_E).sum() / math.log(max(counts_E.shape[0], 2))
-
-
 class Layer(nn.Module):
     """x + mixer(norm(x))."""
 
@@ -439,6 +408,7 @@ class Hebatron(nn.Module):
         labels: Tensor | None = None,
         logits_to_keep: int | None = None,
         loss_reduction: str = "mean",
+        embedding_noise: Tensor | None = None,
     ) -> Output:
         """Logits, or the loss of given targets.
 
@@ -455,14 +425,16 @@ class Hebatron(nn.Module):
                 where a sequence is shorter.
             loss_reduction: "mean" over the targets that count, "sum", or "none": one loss for each real token, 0
                 where the target is ignored.
+            embedding_noise: (T, D), added to the embeddings of documents packed with cu_seqlens.
 
         Raises:
             ValueError: naming the argument, what was expected and what came; the cache is then as it was.
         """
         tokens = (input_ids, attention_mask, cu_seqlens)
         packed = _enter(self.config, self.device, *tokens, cache, labels, logits_to_keep, loss_reduction)
+        self._check_noise(embedding_noise, packed, cu_seqlens)
         if cache is None:
-            return self._forward(packed, None, None, logits_to_keep, loss_reduction)
+            return self._forward(packed, None, None, logits_to_keep, loss_reduction, embedding_noise)
         with torch.no_grad():
             step = cache.begin(packed.lengths, self.compute_dtype)
             out = self._forward(packed, cache, step, logits_to_keep, loss_reduction)
@@ -476,9 +448,10 @@ class Hebatron(nn.Module):
         step: CacheStep | None,
         logits_to_keep: int | None,
         loss_reduction: str,
+        embedding_noise: Tensor | None = None,
     ) -> Output:
         context = Context(packed.cu_seqlens, step, router_stats=step is None)
-        x_TD, aux = self.hidden_states(packed.ids_T, context)
+        x_TD, aux = self.hidden_states(packed.ids_T, context, embedding_noise)
         out = Output(hidden_TD=x_TD, cache=cache, aux=aux)
         if packed.labels_T is not None:
             weight_VD = self.lm_head.weight.to(x_TD.dtype)
@@ -489,10 +462,13 @@ class Hebatron(nn.Module):
             out.logits = packed.restore(self._logits(x_TD))
         return out
 
-    def hidden_states(self, ids_T: Tensor, context: Context) -> tuple[Tensor, list[RouterStats]]:
+    def hidden_states(
+        self, ids_T: Tensor, context: Context, noise_TD: Tensor | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
         """What the head sees of these tokens, and each router's statistics where the context asks for them."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        x_TD = F.embedding(ids_T, self.backbone.embeddings.weight).to(self.compute_dtype)
+        x_TD = F.embedding(ids_T, self.backbone.embeddings.weight)
+        x_TD = (x_TD if noise_TD is None else x_TD + noise_TD.to(x_TD)).to(self.compute_dtype)
         aux = []
         for layer in self.backbone.layers:
             if recompute:
@@ -502,6 +478,15 @@ class Hebatron(nn.Module):
             if stats is not None:
                 aux.append(stats)
         return self.backbone.norm_f(x_TD), aux
+
+    def _check_noise(self, noise: Tensor | None, packed: Packed, cu_seqlens: Tensor | None) -> None:
+        right = noise is None or (self.training and cu_seqlens is not None)
+        _must(right, "embedding_noise", "come in training, with cu_seqlens", "none of one")
+        shape, got = (
+            (len(packed.ids_T), self.config.hidden_size),
+            None if noise is None else tuple(noise.shape),
+        )
+        _must(got in (None, shape), "embedding_noise", f"have shape {shape}", got)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         logits_TV = self.lm_head(x_TD)

@@ -57,6 +57,8 @@ def step_learning_rate(config: RunConfig, steps: Sequence[Step], step: int) -> f
     Adam's update is measured in units of that noise (Malladi et al. 2022, arXiv 2205.10287). Hebatron's team took
     2.9 times the rate for 8 times the batch.
     """
+    if config.sft is not None:
+        return learning_rate(step, len(steps), config.schedule, config.optimizer.learning_rate)
     position, here = steps[step].position, steps[step].batch_tokens
     phase, usual = config.phases[position], config.training.tokens_per_batch
     if phase.learning_rate is None:

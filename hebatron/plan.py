@@ -216,6 +216,17 @@ class Plan:
             torch.from_numpy(self.row_source[index]),
         )
 
+    def token_languages(self, rows: range) -> tuple[list[str], torch.Tensor]:
+        """The languages of these rows' documents, and every token's index into them, as `batch` packs them."""
+        segments = np.concatenate(
+            [self.segments[self.row_segments[r] : self.row_segments[r + 1]] for r in rows]
+        )
+        corpora = list(self.corpora.values())
+        named = [corpora[corpus].lang(document) for corpus, document in segments[:, :2].tolist()]
+        languages = sorted(set(named))
+        index = np.array([languages.index(name) for name in named], np.int64)
+        return languages, torch.from_numpy(index.repeat(segments[:, 3]))
+
     def describe(self) -> dict[str, Any]:
         """Rows, (loss-bearing) tokens, anchor share, epochs, by phase as they run and by source; ready for JSON."""
 

@@ -17,19 +17,49 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from .model import RouterStats
-    from .plan import Plan
 
 ENTROPY_ALARM = 0.6  # of ln E: as if 18 of 128 experts, or 3.5 of 8, shared all the work
 OVERLAP_ALARM = 0.1  # between the 29 % seen on average and the 4 % of the layer that had come apart
 ENOUGH_CHOICES = 8  # per expert; an even router then shows an entropy over 0.95 all the same
 PAIR = ("he", "en")
 Health = dict[str, Any]
+
+
+def sequence_balance_loss(logits_TE: Tensor, ids_TK: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """E * sum_e f_e P_e in each sequence, averaged over the tokens of all: 1 when every expert gets its share.
+
+    f_e is the share of the sequence's choices that fell on expert e (no gradient), P_e the mean of its scores divided
+    by their sum. The average is over tokens and not over sequences, so a document of three tokens, which cannot be
+    balanced, weighs three tokens.
+    """
+    T, E = logits_TE.shape
+    K = ids_TK.shape[1]
+    scores_TE = torch.sigmoid(logits_TE)
+    shares_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+    if cu_seqlens is None:
+        sequence_T, lengths_Q = torch.zeros_like(ids_TK[:, 0]), ids_TK.new_full((1,), T)
+    else:
+        token_T = torch.arange(T, device=ids_TK.device)
+        sequence_T = torch.searchsorted(cu_seqlens[1:].long(), token_T, right=True)
+        lengths_Q = cu_seqlens.diff().long()
+    Q = lengths_Q.shape[0]
+    slots = (sequence_T[:, None] * E + ids_TK).flatten()
+    chosen_QE = torch.zeros(Q * E, dtype=logits_TE.dtype, device=logits_TE.device)
+    chosen_QE = chosen_QE.index_add(0, slots, torch.ones_like(slots, dtype=logits_TE.dtype)).view(Q, E)
+    shares_QE = torch.zeros_like(chosen_QE).index_add(0, sequence_T, shares_TE)
+    per_sequence_Q = (chosen_QE * shares_QE).sum(-1) / lengths_Q.clamp(min=1)
+    return per_sequence_Q.sum() * (E / (K * max(T, 1)))
+
+
+def load_entropy(counts_E: Tensor) -> Tensor:
+    """Entropy of the experts' shares of the tokens, divided by log E."""
+    shares_E = counts_E / counts_E.sum().clamp(min=1)
+    return torch.special.entr(shares_E).sum() / math.log(max(counts_E.shape[0], 2))
 
 
 def router_load(counts_E: Tensor) -> dict[str, float]:
@@ -93,16 +123,6 @@ class LanguageCounts:
 
 def _rounded(load: Mapping[str, float]) -> dict[str, float]:
     return {key: round(value, 4) for key, value in load.items()}
-
-
-def token_languages(plan: Plan, rows: range) -> tuple[list[str], Tensor]:
-    """The languages of these rows' documents, and every token's index into them, as `Plan.batch` packs them."""
-    segments = np.concatenate([plan.segments[plan.row_segments[r] : plan.row_segments[r + 1]] for r in rows])
-    corpora = list(plan.corpora.values())
-    named = [corpora[corpus].lang(document) for corpus, document in segments[:, :2].tolist()]
-    languages = sorted(set(named))
-    index = np.array([languages.index(name) for name in named], np.int64)
-    return languages, torch.from_numpy(index.repeat(segments[:, 3]))
 
 
 def alarms(health: Health) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a training run works on, opened from its configuration: corpora, plan, model, optimizer, checkpoint."""
+"""What a training run works on, opened from its configuration: corpora or chats, plan, model, optimizer, checkpoint."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from typing import Any
 import torch
 
 from .anchor_kl import Base, open_base
+from .chat_data import ChatData, open_chats
 from .checkpoint import CheckpointError, load_checkpoint, load_state, load_weights, newest_valid
 from .config import ModelConfig
 from .corpus import Corpus
 from .curriculum import build_plan
 from .model import Hebatron
 from .optim import build_optimizer
-from .plan import Plan, Step
+from .plan import Batch, Plan, Step
 from .presets import PRESETS
 from .runconfig import RunConfig, curriculum
+from .sft import ChatRows, neftune_noise
 from .tokenizer import Tokenizer, load_tokenizer
 from .trees import differences, to_table
 
@@ -29,11 +31,14 @@ TOKENIZER = "tokenizer"  # in the run folder
 
 @dataclass
 class Run:
-    """Everything the loop works on; `step` and `bad_in_row` are all of its own state. base: of the KL term."""
+    """Everything the loop works on; `step` and `bad_in_row` are all of its own state.
+
+    base: of the KL term. chats: of a run over chats.
+    """
 
     config: RunConfig
     tokenizer: Tokenizer
-    plan: Plan
+    plan: Plan | ChatRows
     steps: list[Step]
     held_out: list[tuple[str, Corpus]]
     model: Hebatron
@@ -41,7 +46,9 @@ class Run:
     base: Base | None = None
     step: int = 0
     bad_in_row: int = 0
+    chats: ChatData | None = None
     bpb: dict[str, float] = field(default_factory=dict)
+    chat_loss: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -51,10 +58,39 @@ class Run:
     def checkpoints(self) -> Path:
         return self.config.run_dir / "checkpoints"
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """A sample prompt as the model gets it: for chats, as what a user says."""
+        return _prompt_ids(prompt, self.tokenizer, self.chats)
+
+    def embedding_noise(self, batch: Batch) -> torch.Tensor | None:
+        """NEFTune's noise for this batch, on the model's device; None where the run has none."""
+        settings, model = self.config.sft, self.model
+        if settings is None or not settings.neftune_alpha:
+            return None
+        width = model.config.hidden_size
+        noise = neftune_noise(batch, settings.neftune_alpha, width, self.config.training.seed)
+        return noise.to(model.device)
+
 
 def open_plan(config: RunConfig, verify: bool = True) -> tuple[Plan, Tokenizer, list[tuple[str, Corpus]]]:
-    """The plan of a run, its tokenizer and its held-out text; `verify`: as `Corpus.open` has it."""
+    """The plan of a run over text, its tokenizer and its held-out text; `verify`: as `Corpus.open` has it."""
     tokenizer = load_tokenizer(config.data.tokenizer)
+    corpora, held_out = open_corpora(config, tokenizer, verify)
+    return build_plan(curriculum(config), corpora), tokenizer, held_out
+
+
+def open_run_chats(config: RunConfig) -> tuple[ChatData, Tokenizer]:
+    """The chats of a run with an [sft] section, and its tokenizer."""
+    if config.sft is None:
+        raise ValueError("run file must have [sft], got phases")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    return open_chats(config.sft, tokenizer, config.training.seed, config.data.held_out_tokens), tokenizer
+
+
+def open_corpora(
+    config: RunConfig, tokenizer: Tokenizer, verify: bool = True
+) -> tuple[dict[str, Corpus], list[tuple[str, Corpus]]]:
+    """The text to train on and the text held out of it."""
     corpora: dict[str, Corpus] = {}
     held_out: list[tuple[str, Corpus]] = []
     for entry in config.data.corpora:
@@ -67,18 +103,26 @@ def open_plan(config: RunConfig, verify: bool = True) -> tuple[Plan, Tokenizer, 
         (entry.name, Corpus.open(entry.path, tokenizer, verify=verify)) for entry in config.data.held_out
     ]
     refuse_overlap(corpora, folders)
-    held_out += folders
-    return build_plan(curriculum(config), corpora), tokenizer, held_out
+    return corpora, held_out + folders
 
 
 def open_run(config: RunConfig) -> Run:
-    """Tokenizer, corpora, plan, model and optimizer of a run at step 0."""
-    plan, tokenizer, held_out = open_plan(config)
+    """Tokenizer, corpora or chats, plan, model and optimizer of a run at step 0."""
+    plan: Plan | ChatRows
+    if config.sft is None:
+        chats = None
+        plan, tokenizer, held_out = open_plan(config)
+    else:
+        chats, tokenizer = open_run_chats(config)
+        plan, (_, held_out) = chats.rows, open_corpora(config, tokenizer)
     model = open_model(config, tokenizer)
-    check_prompts(config, tokenizer, model)
+    if chats is not None:  # a turn's end is an end of generation, here and in the exported model
+        ends = dict.fromkeys((*model.config.eos_token_ids, tokenizer.token_id(chats.encoder.end_of_turn)))
+        model.config = model.config.replace(eos_token_id=tuple(ends))
+    check_prompts(config, tokenizer, model, chats)
     steps = plan.steps(config.training.tokens_per_batch)
     optimizer, base = build_optimizer(model, config.optimizer), open_base(config, model)
-    return Run(config, tokenizer, plan, steps, held_out, model, optimizer, base)
+    return Run(config, tokenizer, plan, steps, held_out, model, optimizer, base, chats=chats)
 
 
 def refuse_overlap(corpora: dict[str, Corpus], held_out: list[tuple[str, Corpus]]) -> None:
@@ -95,11 +139,19 @@ def refuse_overlap(corpora: dict[str, Corpus], held_out: list[tuple[str, Corpus]
                 )
 
 
-def check_prompts(config: RunConfig, tokenizer: Tokenizer, model: Hebatron) -> None:
+def _prompt_ids(prompt: str, tokenizer: Tokenizer, chats: ChatData | None) -> list[int]:
+    if chats is None:
+        return tokenizer.encode(prompt)
+    return chats.encoder.prompt_ids([{"role": "user", "content": prompt}])
+
+
+def check_prompts(
+    config: RunConfig, tokenizer: Tokenizer, model: Hebatron, chats: ChatData | None = None
+) -> None:
     """A prompt that cannot be continued is refused now and not at the first evaluation."""
     room = model.config.max_position_embeddings - config.training.sample_tokens
     for i, prompt in enumerate(config.training.sample_prompts):
-        length = len(tokenizer.encode(prompt))
+        length = len(_prompt_ids(prompt, tokenizer, chats))
         if not 1 <= length <= room:
             raise ValueError(
                 f"train: training.sample_prompts[{i}] must have 1 to {room} tokens, got {length} in {prompt[:40]!r}"
@@ -122,10 +174,10 @@ def open_model(config: RunConfig, tokenizer: Tokenizer) -> Hebatron:
             f"train: model.vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
             f"got {model.config.vocab_size}"
         )
-    longest = max(phase.seq_len for phase in config.phases)
+    longest = config.sft.seq_len if config.sft else max(phase.seq_len for phase in config.phases)
     if longest > model.config.max_position_embeddings:
         raise ValueError(
-            f"train: phases seq_len must be at most the model's max_position_embeddings "
+            f"train: {'sft' if config.sft else 'phases'} seq_len must be at most the model's max_position_embeddings "
             f"{model.config.max_position_embeddings}, got {longest}"
         )
     model.train()
@@ -164,9 +216,8 @@ def resume(run: Run, force: bool) -> list[str]:
     state = load_state(folder)
     wrong = differences(state.get("config"), to_table(run.config, hashed_only=True))
     if state.get("plan_hash") != run.plan.hash:
-        wrong.append(
-            f"plan: {state.get('plan_hash')!s:.12} -> {run.plan.hash:.12} (corpora, phases or order)"
-        )
+        what = "corpora, phases or order" if run.chats is None else "chats, template, tokenizer or weights"
+        wrong.append(f"plan: {state.get('plan_hash')!s:.12} -> {run.plan.hash:.12} ({what})")
     hashes = [str(state.get("base")), str(run.base and run.base.hash)]
     if hashes[0] != hashes[1]:
         wrong.append(f"anchor_kl.base: {hashes[0]:.12} -> {hashes[1]:.12} (hash of the frozen base)")
@@ -187,7 +238,10 @@ def resume(run: Run, force: bool) -> list[str]:
 def headline(run: Run) -> str:
     """Size of the run in three numbers."""
     parameters = sum(p.numel() for p in run.model.parameters())
-    phases = ", ".join(f"{phase.name} {run.plan.tokens_in(rows):,}" for phase, rows in run.plan.blocks)
+    if isinstance(run.plan, Plan):
+        phases = ", ".join(f"{phase.name} {run.plan.tokens_in(rows):,}" for phase, rows in run.plan.blocks)
+    else:
+        phases = f"of chats, {run.plan.describe()['groups']['all']['learnt']:,} learnt"
     return (
         f"{parameters:,} parameters; {run.plan.num_tokens:,} tokens ({phases}) in {run.total} steps; "
         f"plan {run.plan.hash:.12}"

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .curriculum import Curriculum, Phase
-from .curriculum_presets import CURRICULA, LONG_SEQ_LEN
-from .phases import EpochLimits
 from .presets import PRESETS
 from .trees import did_you_mean, from_table, to_table
 
@@ -72,7 +70,7 @@ class CorpusConfig:
 class DataConfig:
     """Corpora and held-out text: documents chosen by the hash of their text, in no row of the plan."""
 
-    corpora: tuple[CorpusConfig, ...] = _checked((), "not empty")
+    corpora: tuple[CorpusConfig, ...] = ()  # for chats: only their held-out part is read
     tokenizer: Path = field(default=Path("tokenizer"), metadata={"hashed": False})
     held_out_permille: int = _checked(20, "in [0, 1000)")  # of each corpus; 0: none
     held_out: tuple[CorpusConfig, ...] = field(
@@ -125,19 +123,6 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class CurriculumConfig:
-    """Phases by name instead of written out: see curriculum_presets.py. They follow those that are written."""
-
-    preset: str | None = None
-    scale: float = 1.0  # of the preset's tokens
-    sources: dict[str, dict[str, float]] = field(default_factory=dict)  # by phase
-    max_seq_len: int = LONG_SEQ_LEN
-    anchor_share: float = 0.25
-    batch_ramp: int = 8
-    max_epochs: float | None = None
-
-
-@dataclass(frozen=True)
 class AnchorKLConfig:
     """KL(base || model) on anchor rows, to a frozen base: see anchor_kl.py."""
 
@@ -147,18 +132,33 @@ class AnchorKLConfig:
 
 
 @dataclass(frozen=True)
+class SftConfig:
+    """Chats instead of phases: what chats.py reads, weighs and packs into rows, and what of it is kept out."""
+
+    chats: tuple[Path, ...] = field(metadata={"condition": "not empty", "hashed": False})  # .jsonl(.zst)
+    seq_len: int = field(metadata={"condition": "> 1"})  # of a row, which holds whole chats
+    template: str = field(default="nemotron3", metadata={"hashed": False})  # or a file; in the rows' hash
+    epochs: int = _checked(1, "> 0")
+    task_weights: dict[str, float] = field(default_factory=dict)  # readings an epoch; 1 where not named
+    lang_weights: dict[str, float] = field(default_factory=dict)
+    truncation: Literal["drop", "cut"] = "drop"  # of a chat longer than a row
+    bad: Literal["error", "drop"] = "error"
+    held_out_permille: int = _checked(20, "in [0, 1000)")  # by hash; data.held_out_tokens of a task measured
+    neftune_alpha: float = _checked(0.0, ">= 0")  # noise on embeddings in training; 0: none, 5 is customary
+
+
+@dataclass(frozen=True)
 class RunConfig:
-    """A training run, whole."""
+    """A training run, whole: phases of text, or chats."""
 
     run_dir: Path = field(default=Path("runs/default"), metadata={"hashed": False})
     model: ModelSection = field(default_factory=ModelSection)
     data: DataConfig = field(default_factory=DataConfig)
-    phases: tuple[Phase, ...] = _checked((), "not empty")
-    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig, metadata={"hashed": False})
+    phases: tuple[Phase, ...] = ()
     anchor: dict[str, float] = field(default_factory=dict)  # source weights of the anchor stream
-    anchor_max_epochs: EpochLimits = field(default=None, metadata=YOUNG)
     anchor_kl: AnchorKLConfig = field(default_factory=AnchorKLConfig, metadata=YOUNG)
     order: str | tuple[str, ...] = "forward"  # "reversed", "shuffled" or phase names
+    sft: SftConfig | None = field(default=None, metadata=YOUNG)  # instead of phases, anchor and order
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -184,7 +184,6 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         config = from_table(RunConfig, table)
         if overrides:
             config = _override(config, overrides)
-        config = resolve_phases(config)
         check_run_config(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -198,7 +197,8 @@ def _override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         told = io.StringIO()
         try:
             with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-                return tyro.cli(RunConfig, default=config, args=list(arguments))
+                kind = tyro.conf.AvoidSubcommands[RunConfig]  # [sft] is there or not; its fields are options
+                return tyro.cli(kind, default=config, args=list(arguments))
         except SystemExit:  # tyro refuses with a box of several lines
             return None
 
@@ -225,8 +225,6 @@ def _override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def check_run_config(config: RunConfig) -> None:
     """Check every range and every cross-reference; the error names the place, as in `phases[1].tokens`."""
-    if resolve_phases(config) != config:
-        raise ValueError("phases must end with those of curriculum.preset, got others; see resolve_phases")
     _check_ranges(config, "")
     model = config.model
     given = [name for name in ("preset", "path", "pattern") if getattr(model, name) is not None]
@@ -246,6 +244,13 @@ def check_run_config(config: RunConfig) -> None:
                 f"data.held_out[{i}].name must differ from data.corpora's while held_out_permille is not 0, "
                 f"got {corpus.name!r}"
             )
+    if config.sft is not None:
+        _check_sft(config, config.sft)
+        return
+    if not config.phases:
+        raise ValueError("run file must have phases or [sft], got neither")
+    if not config.data.corpora:
+        raise ValueError("data.corpora must be not empty with phases, got ()")
     _check_sources(config.anchor, names, "anchor")
     for i, phase in enumerate(config.phases):
         _check_sources(phase.sources, names, f"phases[{i}].sources")
@@ -276,35 +281,24 @@ def _check_anchor_kl(config: RunConfig) -> None:
         )
 
 
+def _check_sft(config: RunConfig, sft: SftConfig) -> None:
+    """Chats have no phases; a row must fit where batches are made."""
+    for name in ("phases", "anchor", "anchor_kl", "order"):
+        if getattr(config, name) != getattr(RunConfig(), name):
+            raise ValueError(f"{name} must not be given with [sft], got {getattr(config, name)!r}")
+    if config.data.corpora and not config.data.held_out_permille:
+        raise ValueError("data.held_out_permille must be > 0 with [sft] and data.corpora, got 0")
+    limit = min(config.training.tokens_per_microbatch, config.training.tokens_per_batch)
+    if sft.seq_len > limit:
+        raise ValueError(
+            f"sft.seq_len must be at most training.tokens_per_microbatch and tokens_per_batch, {limit}, "
+            f"got {sft.seq_len}"
+        )
+
+
 def curriculum(config: RunConfig) -> Curriculum:
     """The curriculum part of the tree, as the plan is built from it."""
-    return Curriculum(
-        config.phases, config.anchor, config.order, config.training.seed, config.anchor_max_epochs
-    )
-
-
-def resolve_phases(config: RunConfig) -> RunConfig:
-    """The run with the phases of its curriculum.preset written out behind its own; one that has them is kept."""
-    section = config.curriculum
-    if section.preset is None:
-        return config
-    if section.preset not in CURRICULA:
-        hint = did_you_mean(section.preset, CURRICULA)
-        raise ValueError(
-            f"curriculum.preset must be one of {', '.join(CURRICULA)}, got {section.preset!r}{hint}"
-        )
-    phases = CURRICULA[section.preset](
-        section.scale,
-        section.sources,
-        tokens_per_batch=config.training.tokens_per_batch,
-        max_seq_len=section.max_seq_len,
-        anchor_share=section.anchor_share,
-        batch_ramp=section.batch_ramp,
-        max_epochs=section.max_epochs,
-    )
-    if config.phases[-len(phases) :] == phases:
-        return config
-    return dataclasses.replace(config, phases=(*config.phases, *phases))
+    return Curriculum(config.phases, config.anchor, config.order, config.training.seed)
 
 
 def _check_ranges(section: Any, place: str) -> None:

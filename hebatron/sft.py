@@ -43,6 +43,11 @@ class ChatRows:
     def num_rows(self) -> int:
         return len(self.rows)
 
+    @property
+    def num_tokens(self) -> int:
+        """Pairs of the whole run, learnt or not."""
+        return int(self.row_tokens.sum())
+
     @functools.cached_property
     def sources(self) -> list[str]:
         return sorted({sample.source for sample in self.samples})
@@ -104,6 +109,13 @@ class ChatRows:
             torch.tensor(sources, dtype=torch.int64),
         )
 
+    def token_languages(self, rows: range) -> tuple[list[str], torch.Tensor]:
+        """The languages of these rows' chats, and every token's index into them, as `batch` packs them."""
+        packed = [self.samples[i] for row in rows for i in self.rows[row]]
+        languages = sorted({sample.lang for sample in packed})
+        index = torch.tensor([languages.index(sample.lang) for sample in packed])
+        return languages, index.repeat_interleave(torch.tensor([len(sample.ids) - 1 for sample in packed]))
+
     def describe(self) -> dict[str, Any]:
         """Rows, fill, and samples, tokens, learnt tokens, masked share in all and by task and language; for JSON."""
         groups: dict[str, list[Sample]] = defaultdict(list)
@@ -130,6 +142,21 @@ class ChatRows:
             "fill": fill,
             "groups": counts,
         }
+
+
+def neftune_noise(batch: Batch, alpha: float, width: int, seed: int) -> torch.Tensor:
+    """What NEFTune (arXiv 2310.05914) adds to the embeddings: +-alpha / sqrt(L * width) at most, L a document long.
+
+    A row's noise is drawn from (seed, row) alone, and a row is read in one step: so a step has the same noise after
+    a resume and however it is cut into microbatches. Returns (T, width) fp32 on the CPU, as `batch` packs its tokens.
+    """
+    noise_TD = torch.empty(batch.input_ids.numel(), width)
+    starts = batch.row_starts.tolist()
+    for row, begin, end in zip(batch.rows, starts[:-1], starts[1:], strict=True):
+        state = np.random.SeedSequence([SFT_VERSION, seed, row]).generate_state(1, np.uint64)
+        noise_TD[begin:end].uniform_(-1, 1, generator=torch.Generator().manual_seed(int(state[0]) >> 1))
+    lengths_Q = batch.cu_seqlens.diff().long()
+    return noise_TD * (alpha / (lengths_Q * width).sqrt()).repeat_interleave(lengths_Q)[:, None]
 
 
 def pack_chats(

@@ -15,8 +15,10 @@ from typing import Any
 import tokenizers
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
-SPECIAL_TOKENS = (PAD, BOS, EOS, *CHAT_TOKENS)  # ids 0, 1, 2, 3, 4
+# What the hub's chat template writes. <think> and </think> must be tokens: without them the ">" before an answer joins
+# an answer that begins with punctuation, and that chat has no first token to learn.
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>")
+SPECIAL_TOKENS = (PAD, BOS, EOS, *CHAT_TOKENS)  # ids 0 to 6
 
 # A word keeps its combining marks (niqqud, cantillation) and, between Hebrew letters, its geresh or
 # gershayim, so that an acronym like tsahal (tsadi, he, ", lamed) is one word; word processors write U+2019 and
@@ -125,9 +127,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Args:
         texts: any iterable, streamed once.
-        vocab_size: entries including the 256 bytes and the 5 control tokens. A corpus too small to fill it
+        vocab_size: entries including the 256 bytes and the 7 control tokens. A corpus too small to fill it
             gives a smaller vocabulary: read the result's `vocab_size`.
-    Raises: ValueError for a vocabulary under 261 entries, or texts without one non-empty string.
+    Raises: ValueError for a vocabulary under 263 entries, or texts without one non-empty string.
     """
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:

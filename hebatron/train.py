@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -26,14 +26,16 @@ import torch
 from torch import Tensor
 
 from .anchor_kl import AnchorTerm
+from .chat_data import chat_loss
 from .checkpoint import remove_old, run_lock, save_checkpoint
 from .evaluate import bits_per_byte
 from .files import fsync
+from .hub import write_generation_config
 from .metrics import METRICS, MetricsWriter, Record, Reporter, make_reporter
 from .model import RouterStats
 from .optim import clip_gradients, set_learning_rate, step_learning_rate
 from .plan import Step, rank_rows
-from .router import Health, LanguageCounts, alarms, router_load, token_languages
+from .router import Health, LanguageCounts, alarms, router_load
 from .run import Run, headline, open_run, resume, save_tokenizer, write_config
 from .runconfig import RunConfig, check_run_config, config_hash, describe
 from .trees import to_table
@@ -52,6 +54,7 @@ class TrainResult:
     total_steps: int
     bits_per_byte: dict[str, float]  # of the last evaluation in this call
     final: Path | None
+    chat_loss: dict[str, float] = field(default_factory=dict)  # of that evaluation, for chats
 
     @property
     def finished(self) -> bool:
@@ -89,11 +92,14 @@ def train(
                 notices.append(
                     f"{METRICS} ends at step {metrics.last_step}: the steps after it are not in it"
                 )
-            for notice in [describe(config), headline(run), *notices]:
+            chats = [] if run.chats is None else run.chats.lines()
+            for notice in [describe(config), headline(run), *chats, *notices]:
                 reporter.note(notice)
+            if run.chats is not None and metrics.empty:
+                metrics.write(run.chats.record())
             loop(run, metrics, reporter, stopping, run.total if stop_after is None else stop_after)
         final = finish(run) if run.step == run.total else None
-    return TrainResult(config.run_dir, run.step, run.total, run.bpb, final)
+    return TrainResult(config.run_dir, run.step, run.total, run.bpb, final, run.chat_loss)
 
 
 def loop(
@@ -157,6 +163,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
             cu_seqlens=batch.cu_seqlens.to(device),
             labels=batch.labels.to(device),
             loss_reduction="sum",
+            embedding_noise=run.embedding_noise(batch),
         )
         weight = batch.input_ids.numel() / tokens
         loss = output.loss / loss_tokens + anchor.loss(run.model, batch, output.hidden_TD)
@@ -165,7 +172,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
         loss.backward()
         nll += float(output.loss.detach())
         routers.add(output.aux, weight)
-        by_language.add(output.aux, *token_languages(run.plan, batch.rows))
+        by_language.add(output.aux, *run.plan.token_languages(batch.rows))
     grad_norm = clip_gradients(run.model, config.optimizer.grad_clip)
 
     skipped = not all(map(math.isfinite, (grad_norm, nll, anchor.nats)))
@@ -240,18 +247,23 @@ def evaluation_records(run: Run, step: Record, counts: list[list[int]]) -> Itera
     """`step`: the record of the step just done; the routers are judged by it where no text is held out."""
     settings, began = run.config.training, time.monotonic()
     run.bpb, health = evaluate_held_out(run)
+    run.chat_loss, chat_health = evaluate_chats(run)
+    judged = [health] * bool(run.held_out) + [chat_health] * bool(run.chat_loss)
+    chats = {} if run.chats is None else {"chat_loss": run.chat_loss, "chat_router": chat_health}
     yield {
         "kind": "eval",
         "step": run.step,
         "phase": run.steps[run.step - 1].phase,
         "bpb": run.bpb,
+        **chats,
         "router_load": counts,
         **health,
-        "alarms": alarms(health if run.held_out else step),
+        "alarms": [line for told in judged or [step] for line in alarms(told)],
         "time": {"unix": time.time(), "seconds": time.monotonic() - began},
     }
     for prompt in settings.sample_prompts:
-        yield {"kind": "sample", "step": run.step, "prompt": prompt, "text": sample(run, prompt)}
+        text = {"prompt": prompt, "text": sample(run, prompt), "chat": run.chats is not None}
+        yield {"kind": "sample", "step": run.step, **text}
 
 
 def evaluate_held_out(run: Run) -> tuple[dict[str, float], Health]:
@@ -276,16 +288,26 @@ def evaluate_held_out(run: Run) -> tuple[dict[str, float], Health]:
     return bpb, by_language.health()
 
 
+def evaluate_chats(run: Run) -> tuple[dict[str, float], Health]:
+    """Nats per learnt token of the held-out chats by task and language, and the routers' health on them."""
+    by_language = LanguageCounts()
+    held_out = [] if run.chats is None else run.chats.held_out
+    losses = chat_loss(run.model, held_out, run.config.training.tokens_per_microbatch, by_language)
+    if not all(map(math.isfinite, losses.values())):
+        raise Diverged(f"train: chat loss must be finite, got {losses} at step {run.step}")
+    return losses, by_language.health()
+
+
 def sample(run: Run, prompt: str) -> str:
     """What the model makes of `prompt` now; seeded, so the same weights write the same text."""
     settings = run.config.training
-    prompt_ids = torch.tensor([run.tokenizer.encode(prompt)], device=run.model.device)
+    prompt_ids = torch.tensor([run.prompt_ids(prompt)], device=run.model.device)
     ids = run.model.generate(
         prompt_ids,
         max_new_tokens=settings.sample_tokens,
         temperature=0.8,
         top_k=40,
-        eos_token_id=run.tokenizer.eos_id,
+        eos_token_id=sorted({run.tokenizer.eos_id, *(run.model.config.eos_token_ids if run.chats else ())}),
         seed=settings.seed,
     )
     return run.tokenizer.decode(ids[0, prompt_ids.shape[1] :].tolist())
@@ -323,6 +345,7 @@ def finish(run: Run) -> Path:
             shutil.rmtree(tmp)
         run.model.save_pretrained(tmp)
         run.tokenizer.save(tmp)
+        write_generation_config(run.model.config, tmp)
         for path in (*tmp.iterdir(), tmp):
             fsync(path)
         os.rename(tmp, final)

@@ -42,12 +42,11 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     if origin in (
         typing.Union,
         types.UnionType,
-    ):  # "X | None" (null in a saved run), "str | tuple[str, ...]" and "float | dict[str, float] | None"
+    ):  # "X | None" (null in a saved run) and "str | tuple[str, ...]"
         if value is None and types.NoneType in args:
             return None
-        wanted = tuple if isinstance(value, list) else dict if isinstance(value, dict) else None
-        fits = [arg for arg in args if wanted is not None and get_origin(arg) is wanted]
-        return _convert((fits or args)[0], value, place)
+        others = [arg for arg in args if arg is not types.NoneType]
+        return _convert(others[-1] if isinstance(value, list) else others[0], value, place)
     if origin is Literal:
         if value not in args:
             choices = ", ".join(map(str, args))
@@ -81,14 +80,17 @@ def to_table(config: Any, *, hashed_only: bool = False) -> dict[str, Any]:
     """The tree as JSON values; `hashed_only` leaves out what cannot change the weights."""
     table: dict[str, Any] = {}
     for spec in dataclasses.fields(config):
-        given = getattr(config, spec.name)
-        value = _plain(given, hashed_only)
+        value = _plain(getattr(config, spec.name), hashed_only)
         if hashed_only and not spec.metadata.get("hashed", True):
             continue
-        if hashed_only and "young" in spec.metadata and value == _plain(type(given)(), True):
+        if hashed_only and "young" in spec.metadata and value == _plain(_default(spec), True):
             continue
         table[spec.name] = value
     return table
+
+
+def _default(spec: dataclasses.Field[Any]) -> Any:
+    return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
 
 
 def _plain(value: Any, hashed_only: bool) -> Any:

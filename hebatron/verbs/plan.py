@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hebatron.verbs import Arguments, VerbGroup, add_verb
 
 if TYPE_CHECKING:
+    from hebatron.chat_data import ChatData
     from hebatron.plan import Plan
     from hebatron.runconfig import RunConfig
 
@@ -21,15 +22,21 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.run import open_plan
+    from hebatron.metrics import printable_name
+    from hebatron.run import open_plan, open_run_chats
     from hebatron.runconfig import load_run_config
 
     speed = arguments.tokens_per_s
     if speed is not None and not 0 < speed < float("inf"):
         raise ValueError(f"plan: --tokens-per-s must be above 0 and finite, got {speed}")
     config = load_run_config(arguments.run_file, arguments.overrides)
-    plan, _, _ = open_plan(config)
-    print("\n".join(describe(config, plan, speed if speed is not None else measured_speed(config.run_dir))))
+    if speed is None:
+        speed = measured_speed(config.run_dir)
+    if config.sft is None:
+        lines = describe(config, open_plan(config)[0], speed)
+    else:
+        lines = describe_chats(config, open_run_chats(config)[0], speed)
+    print("\n".join(printable_name(line) for line in lines))
     return 0
 
 
@@ -89,6 +96,27 @@ def describe(config: RunConfig, plan: Plan, tokens_per_s: float | None) -> list[
     else:
         lines.append(f"time at {tokens_per_s:,.0f} tokens/s, evaluation and checkpoints not counted")
     return lines
+
+
+def describe_chats(config: RunConfig, chats: ChatData, tokens_per_s: float | None) -> list[str]:
+    """The lines for a run over chats: the account of them, what the rows hold, steps, rates and time."""
+    from hebatron.metrics import duration
+    from hebatron.optim import step_learning_rate
+
+    rows = chats.rows
+    steps = rows.steps(config.training.tokens_per_batch)
+    rates = [step_learning_rate(config, steps, index) for index in (0, len(steps) - 1)]
+    time = "give --tokens-per-s, or train some steps first"
+    if tokens_per_s is not None:
+        took = duration(rows.num_tokens / tokens_per_s)
+        time = f"{took} at {tokens_per_s:,.0f} tokens/s, evaluation and checkpoints not counted"
+    return [
+        *chats.lines(),
+        f"steps: {len(steps):,} of up to {config.training.tokens_per_batch:,} tokens, "
+        f"learning rate {rates[0]:.3e} first, {rates[1]:.3e} last",
+        f"plan {rows.hash}",
+        f"time: {time}",
+    ]
 
 
 HASHES = {

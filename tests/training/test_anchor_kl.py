@@ -295,7 +295,7 @@ def test_the_term_refuses_a_run_without_base_or_anchor(root: Path, tmp_path: Pat
         (
             "vocabulary",
             {"vocab_size": 400},
-            "must have the model's vocabulary of 318, got 400 in .*vocabulary",
+            "must have the model's vocabulary of 320, got 400 in .*vocabulary",
         ),
         (
             "short",

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import Silent, checkpoint_bits, toy_config, toy_train, write_corpora
+from toy import Silent, assert_same_run, checkpoint_bits, toy_config, toy_train, write_corpora
 
 from hebatron.checkpoint import checkpoints, step_of
 from hebatron.curriculum import Phase
 from hebatron.data import prepare
-from hebatron.metrics import read_metrics, without_time
 from hebatron.runconfig import RunConfig
 from hebatron.tokenizer import load_tokenizer
 from hebatron.train import train
@@ -30,14 +29,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     result = toy_train(toy_config(root, root / "run"))
     assert result.finished and result.step == STEPS
     return root, root / "run"
-
-
-def assert_same_run(run_dir: Path, whole_dir: Path) -> None:
-    assert checkpoint_bits(run_dir) == checkpoint_bits(whole_dir)
-    ours, theirs = read_metrics(run_dir), read_metrics(whole_dir)
-    assert [without_time(record) for record in ours] == [without_time(record) for record in theirs]
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (run_dir / "final" / name).read_bytes() == (whole_dir / "final" / name).read_bytes()
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS))

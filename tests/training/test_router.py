@@ -10,7 +10,7 @@ from toy import Silent, toy_config, write_corpora
 
 from hebatron.metrics import PlainReporter, read_metrics
 from hebatron.model import Router
-from hebatron.router import LanguageCounts, alarms, overlap, router_load, token_languages
+from hebatron.router import LanguageCounts, alarms, overlap, router_load
 from hebatron.run import Run, open_run
 from hebatron.train import evaluate_held_out, train, train_step
 
@@ -51,7 +51,7 @@ def mixed_run(root: Path, run_dir: Path, tokens_per_microbatch: int) -> Run:
 def test_token_languages_are_those_of_the_documents(root: Path, tmp_path: Path) -> None:
     run = mixed_run(root, tmp_path, 256)
     rows = run.steps[0].rows
-    languages, language_T = token_languages(run.plan, rows)
+    languages, language_T = run.plan.token_languages(rows)
     batch = run.plan.batch(rows)
     of_row = [run.plan.sources[source] for source in batch.source.tolist()]
     lengths = batch.row_starts.diff().tolist()
@@ -127,12 +127,12 @@ def test_a_collapsed_router_is_rebalanced_by_loss_or_bias_and_not_without(
 ) -> None:
     config = toy_config(root, tmp_path, router_aux_coefficient=coefficient, router_bias_rate=rate)
     phase = replace(config.phases[0], tokens=64 * 24)
-    optimizer = replace(config.optimizer, learning_rate=2e-2)
+    optimizer = replace(config.optimizer, learning_rate=1e-2)
     run = open_run(replace(config, phases=(phase,), optimizer=optimizer))
     collapse(run)
     values = list(entropies(run))
     assert values[0] == pytest.approx(1 / 3)  # ln 2 / ln 8
-    assert (values[-1] > 0.7) is recovers, values
+    assert (values[-1] > 0.65) is recovers, values  # three seeds: at most 0.55 without, at least 0.72 with
 
 
 def test_a_run_with_a_collapsed_router_raises_the_alarm(

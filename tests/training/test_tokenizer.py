@@ -33,7 +33,7 @@ def tokenizer() -> Tokenizer:
 
 
 def test_tokenizer_special_ids(tokenizer: Tokenizer) -> None:
-    assert [tokenizer.token_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert [tokenizer.token_id(token) for token in SPECIAL_TOKENS] == list(range(7))
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     assert tokenizer.vocab_size == 500
 
@@ -139,8 +139,8 @@ def test_tokenizer_training_is_deterministic(tokenizer: Tokenizer) -> None:
 
 
 def test_train_bpe_errors() -> None:
-    with pytest.raises(ValueError, match=r"train_bpe: vocab_size must be at least 261 .*, got 260"):
-        train_bpe(TEXTS, 260)
+    with pytest.raises(ValueError, match=r"train_bpe: vocab_size must be at least 263 .*, got 262"):
+        train_bpe(TEXTS, 262)
     for empty in ([], ["", ""]):
         with pytest.raises(ValueError, match="train_bpe: texts must contain at least one non-empty string"):
             train_bpe(empty, 300)

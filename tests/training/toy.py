@@ -12,7 +12,7 @@ from torch import Tensor
 from hebatron.checkpoint import model_tensors
 from hebatron.curriculum import Phase
 from hebatron.data import prepare
-from hebatron.metrics import Record
+from hebatron.metrics import Record, read_metrics, without_time
 from hebatron.run import Run
 from hebatron.runconfig import (
     CorpusConfig,
@@ -39,7 +39,7 @@ def write_corpora(root: Path) -> None:
 
     he = [text(WORDS) + f" {i}" for i in range(60)]
     en = [text([f"word{i}" for i in range(8)]) + f" {i}" for i in range(40)]
-    tokenizer = train_bpe(he + en, 320)
+    tokenizer = train_bpe(he + en, 322)
     tokenizer.save(root / "tok")
     for name, texts in (("he", he), ("en", en)):
         lines = [json.dumps({"text": t, "source": name, "lang": name}, ensure_ascii=False) for t in texts]
@@ -94,6 +94,15 @@ def checkpoint_bits(run_dir: Path) -> dict[str, bytes]:
         name: (folder / name).read_bytes()
         for name in ("model.safetensors", "optimizer.safetensors", "state.json")
     }
+
+
+def assert_same_run(run_dir: Path, whole_dir: Path) -> None:
+    """Equal bits in checkpoint and final model, equal records but for the clock."""
+    assert checkpoint_bits(run_dir) == checkpoint_bits(whole_dir)
+    ours, theirs = read_metrics(run_dir), read_metrics(whole_dir)
+    assert [without_time(record) for record in ours] == [without_time(record) for record in theirs]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (run_dir / "final" / name).read_bytes() == (whole_dir / "final" / name).read_bytes()
 
 
 class Silent:
