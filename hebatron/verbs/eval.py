@@ -30,6 +30,10 @@ def register(group: VerbGroup) -> None:
         help=".jsonl files named by task, or folders",
     )
     evaluate.add_argument("--task", metavar="NAME", help="all files are of this task, whatever their names")
+    evaluate.add_argument(
+        "--lm-eval", metavar="TASK", nargs="+", default=[], help="lm-evaluation-harness's tasks"
+    )
+    evaluate.add_argument("--include-path", type=Path, help="a folder of task files for --lm-eval")
     evaluate.add_argument("--shots", type=int, help="worked examples; default: each task's own setting")
     evaluate.add_argument("--limit", type=int, help="the first so many records of each file")
     evaluate.add_argument("--seed", type=seed, default=0, help="of the choice of worked examples")
@@ -42,10 +46,12 @@ def run(arguments: Arguments) -> int:
     from hebatron.files import replace_text
     from hebatron.tasks import find_tasks
 
-    if not arguments.corpora and not arguments.tasks:
-        raise ValueError("eval: a CORPUS or --tasks must be given, got neither")
+    if not (arguments.corpora or arguments.tasks or arguments.lm_eval):
+        raise ValueError("eval: a CORPUS, --tasks or --lm-eval must be given, got none")
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise ValueError(f"eval: --out must be in a folder that exists, got {arguments.out}")
+    if arguments.lm_eval:
+        from hebatron import lm_eval_model as lm_eval_model  # says now if lm_eval is missing
     files = find_tasks(arguments.tasks, arguments.task)
     model, tokenizer, _ = open_model(arguments.model)
     found: dict[str, Any] = {"model": str(arguments.model)}
@@ -53,6 +59,8 @@ def run(arguments: Arguments) -> int:
         found["bits_per_byte"] = _corpora(arguments, model, tokenizer)
     if files:
         found |= _tasks(arguments, model, tokenizer, files)
+    if arguments.lm_eval:
+        found["lm_eval"] = _lm_eval(arguments, model, tokenizer)
     if arguments.out is not None:
         replace_text(arguments.out, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
     return 0
@@ -98,6 +106,24 @@ def _tasks(
         for file in files
     }
     return {"mean": mean, "seed": arguments.seed, "chat": chat, "tasks": tables}
+
+
+def _lm_eval(arguments: Arguments, model: Hebatron, tokenizer: Tokenizer) -> dict[str, Any]:
+    from hebatron import lm_eval_model
+
+    table, results = lm_eval_model.evaluate(
+        model,
+        tokenizer,
+        arguments.lm_eval,
+        include_path=arguments.include_path,
+        shots=arguments.shots,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        template=arguments.template,
+        chat=arguments.chat,
+    )
+    print(table)
+    return results
 
 
 def line(name: str, result: TaskResult) -> str:

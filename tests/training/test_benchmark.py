@@ -188,7 +188,7 @@ def test_eval_asks_through_a_template(
 
 def test_eval_refuses_before_it_opens_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", str(tmp_path)]) == 2
-    assert "a CORPUS or --tasks must be given, got neither" in capsys.readouterr().err
+    assert "a CORPUS, --tasks or --lm-eval must be given, got none" in capsys.readouterr().err
     path = write(tmp_path / "trivia_heb.jsonl", RECORDS)
     assert cli.main(["eval", "none", "--tasks", str(path), "--out", str(tmp_path / "no" / "x.json")]) == 2
     assert "--out must be in a folder that exists" in capsys.readouterr().err
