@@ -4,25 +4,24 @@
     text = template.render(messages, generation=True, thinking=False)
 
 A template comes with a checkpoint, so it is a stranger's program. It sees plain data only; attributes that lead to
-the interpreter are refused by jinja2's immutable sandbox, and loops, calls and texts are bounded here. Not bounded:
-one filter that makes one huge text, such as `center`.
+the interpreter are refused by jinja2's immutable sandbox, and what it may do and make is bounded (sandbox.py).
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .sandbox import MAX_TEMPLATE_CHARS, Budget, sandbox
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 Message = dict[str, Any]
 
-MAX_STEPS = 200_000  # loop rounds and calls of one rendering; a chat of 1,000 messages takes about 5,000
-MAX_CHARS = 1 << 24  # of a rendering, and of any text put together on the way
+MAX_CHARS = 1 << 22  # of a rendering: some 1 M tokens
 
 # The Nemotron-3 form: a system turn that is there even when empty; an assistant turn that begins with its reasoning
 # between <think> tags, empty if there is none; reasoning before the last user turn left out unless
@@ -131,7 +130,8 @@ class ChatTemplate:
                 **self._tokens,
             ):
                 size += len(piece)
-                self._budget.check_size(size)
+                if size > MAX_CHARS:
+                    raise ValueError(f"a rendering must have at most {MAX_CHARS:,} characters, got more")
                 pieces.append(piece)
             return "".join(pieces)
         except (self._error, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
@@ -140,114 +140,22 @@ class ChatTemplate:
             ) from error
 
 
-class _Budget:
-    """What one rendering may still spend."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def reset(self) -> None:
-        self.steps = 0
-
-    def step(self) -> None:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            raise ValueError(f"a rendering must take at most {MAX_STEPS:,} loop rounds and calls, got more")
-
-    def check_size(self, size: float) -> None:
-        if size > MAX_CHARS:
-            raise ValueError(f"a text must have at most {MAX_CHARS:,} characters, got more")
-
-    def rounds(self, items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            self.step()
-            yield item
-
-    def sized(self, text: Any) -> Any:
-        self.check_size(len(text))
-        return text
-
-
-def _compile(text: str) -> tuple[Any, _Budget, type[Exception]]:
+def _compile(text: str) -> tuple[Any, Budget, type[Exception]]:
     try:
         import jinja2
     except ImportError as error:
         raise ValueError(
             "chat template: jinja2 must be installed, got none; pip install 'hebatron[chat]'"
         ) from error
-    budget = _Budget()
-    environment = _environment(budget)
+    if len(text) > MAX_TEMPLATE_CHARS:
+        raise TemplateError(
+            f"chat template: text must have at most {MAX_TEMPLATE_CHARS:,} characters, got {len(text):,}"
+        )
+    budget = Budget()
     try:
-        return environment.from_string(text), budget, jinja2.TemplateError
+        return sandbox(budget).from_string(text), budget, jinja2.TemplateError
     except (jinja2.TemplateError, RecursionError) as error:
         raise TemplateError(f"chat template: text must be a Jinja template, got {error}") from error
-
-
-def _environment(budget: _Budget) -> Any:
-    """jinja2's immutable sandbox with the names chat templates expect, and every loop and call counted."""
-    from jinja2 import nodes
-    from jinja2.exceptions import TemplateError as JinjaError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.visitor import NodeTransformer
-
-    class Counted(NodeTransformer):
-        """Loops go through budget.rounds, joined texts through budget.sized."""
-
-        def visit_For(self, node: Any) -> Any:
-            node = self.generic_visit(node)
-            node.iter = nodes.Filter(node.iter, "_rounds", [], [], None, None, lineno=node.lineno)
-            return node
-
-        def visit_Concat(self, node: Any) -> Any:
-            node = self.generic_visit(node)
-            return nodes.Filter(node, "_sized", [], [], None, None, lineno=node.lineno)
-
-    class Generation(Extension):
-        """{% generation %} marks answers for other trainers; here it renders what is inside."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            return nodes.Scope(
-                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-            )
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["+", "*", "**", "%"])
-
-        def _parse(self, source: str, name: Any, filename: Any) -> Any:
-            return Counted().visit(super()._parse(source, name, filename))
-
-        def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-            budget.step()
-            return super().call(context, function, *args, **kwargs)
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "**":
-                raise ValueError("a template must not use **, got one")
-            if operator == "%" and isinstance(left, str):
-                raise ValueError("a template must not format text by %, got one")
-            sizes = [len(side) if hasattr(side, "__len__") else side for side in (left, right)]
-            if operator == "*":
-                budget.check_size(abs(sizes[0] * sizes[1]))
-            elif isinstance(left, str) and isinstance(right, str):
-                budget.check_size(sizes[0] + sizes[1])
-            return super().call_binop(context, operator, left, right)
-
-    def refuse(message: str) -> None:
-        raise JinjaError(message)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters |= {"_rounds": budget.rounds, "_sized": budget.sized, "tojson": _to_json}
-    environment.globals["raise_exception"] = refuse
-    return environment
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """Plain JSON: jinja2's own filter escapes < and & for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 @functools.lru_cache(maxsize=8)

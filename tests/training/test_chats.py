@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from hebatron.chat_template import MAX_CHARS, NEMOTRON3, ChatTemplate, TemplateError
+from hebatron.chat_template import NEMOTRON3, ChatTemplate, TemplateError
 from hebatron.chats import BadChat, Chat, ChatEncoder, check_messages, encode_chats, parse_chat
 from hebatron.tokenizer import train_bpe
 
@@ -80,25 +80,6 @@ def test_nemotron3_renders_tool_calls():
     )
     with pytest.raises(TemplateError, match="own chat template"):
         ChatTemplate(NEMOTRON3).render(messages, tools=[{"name": "f"}])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ 'a' * 1000000000 }}",
-        "{{ 2 ** 999999999 }}",
-        "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-        "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
-        "{% for i in range(300) %}{{ 'a' * " + str(MAX_CHARS // 100) + " }}{% endfor %}",
-        "{{ raise_exception('no') }}",
-    ],
-)
-def test_a_hostile_template_is_refused(text):
-    with pytest.raises(TemplateError):
-        ChatTemplate(text).render([user("a")])
 
 
 def test_a_broken_template_is_refused():
