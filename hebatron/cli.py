@@ -25,6 +25,7 @@ from hebatron.verbs import (
     plan,
     plot,
     quickstart,
+    report,
     train,
 )
 from hebatron.verbs import eval as evaluate
@@ -92,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     export_verbs = export.add_subparsers(metavar="VERB", required=True)
     export_hf.register(export_verbs)
     plot.register(verbs)
+    report.register(verbs)
     return parser
 
 

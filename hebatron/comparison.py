@@ -6,11 +6,17 @@ deviation over seeds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from .history import History, mean, mean_groups, seed_groups, spread, together
+from . import html
+from .charts import comparison_charts
+from .history import History, load_histories, mean, mean_groups, seed_groups, spread, together
 from .metrics import printable_name
+from .report import order_name, write_page
+from .trees import differences, to_table
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """columns: a name and its runs. rows: (language or mean, source, a cell per column; None: not measured)."""
+    """columns: a name and its runs. rows: (language or "means", source, a cell per column; None: not measured)."""
 
     columns: list[tuple[str, list[int]]]
     rows: list[tuple[str, str, list[Cell | None]]]
@@ -52,7 +58,10 @@ def compare(histories: Sequence[History], names: Sequence[str]) -> Comparison:
     groups = together(histories).by_language(
         dict.fromkeys(source for history in histories for source in history.sources)
     )
-    wanted = [(f"mean of {len(sources)}", name, sources) for name, sources in mean_groups(histories).items()]
+    wanted = [
+        ("means", f"{name}, mean of {len(sources)}", sources)
+        for name, sources in mean_groups(histories).items()
+    ]
     wanted += [(group, source, [source]) for group, members in groups.items() for source in members]
     rows = [
         (group, name, [cell(members, sources) for _, members in columns]) for group, name, sources in wanted
@@ -87,3 +96,89 @@ def comparison_lines(comparison: Comparison, histories: Sequence[History], names
         )
         lines.append(f"{values}  {printable_name(group)}: {printable_name(source)}")
     return lines
+
+
+# ---------------------------------------------------------------- the page
+
+
+def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
+    """Several runs as one HTML page: what they ended at, their curves, where their configurations differ."""
+    histories, names = load_histories(run_dirs)
+    large, small = comparison_charts(histories, names)
+    sections = [
+        ("Runs", runs_table(histories, names)),
+        ("Final bits per byte", final_table(compare(histories, names))),
+        ("Curves", html.charts(large) + "<h3>By source</h3>" + html.charts(small, small=True)),
+        (
+            "Configuration",
+            "".join(map(configuration_table, histories, names, [histories[0]] * len(histories))),
+        ),
+    ]
+    absent = [
+        f"{name}: {line}" for history, name in zip(histories, names, strict=True) for line in history.absent
+    ]
+    write_page(out, html.page(f"{len(names)} runs compared", html.notices(absent), sections))
+    return out
+
+
+def runs_table(histories: Sequence[History], names: Sequence[str]) -> str:
+    means = mean_groups(histories)
+    rows = []
+    for history, name in zip(histories, names, strict=True):
+        last, config = history.steps[-20:], history.config
+        bpb = history.evals[-1]["bpb"] if history.evals else {}
+        finals = [mean(bpb.get(source, math.nan) for source in sources) for sources in means.values()]
+        order = "&ndash;" if config is None else html.text(order_name(config))
+        rows.append(
+            (
+                html.text(name),
+                order,
+                "&ndash;" if config is None else str(config.training.seed),
+                f"{history.all_steps[-1]['step']:,}",
+                f"{sum(record['tokens'] for record in history.all_steps):,}",
+                f"{mean(record['loss'] for record in last):.3f}",
+                *(f"{value:.3f}" for value in finals),
+                f"<code>{html.text(str(history.state.get('plan_hash', 'not known'))[:12])}</code>",
+            )
+        )
+    head = ("run", "order", "seed", "steps", "tokens", "last loss", *map(html.text, means), "plan")
+    note = "Last loss: mean of the last 20 steps; means in bits per byte over the sources that every run has."
+    return html.soft(note) + html.table(head, rows, range(2, 6 + len(means)))
+
+
+def final_table(comparison: Comparison) -> str:
+    if not comparison.rows:
+        return html.soft("Absent: no run has an evaluation of held-out text yet.")
+    head, rows, group = ["source"], [], ""
+    for i, (name, members) in enumerate(comparison.columns):
+        seeds = f" ({len(members)} seeds)" if len(members) > 1 else ""
+        head += [html.text(name) + seeds] + (["difference"] if i else [])
+    for language, source, cells in comparison.rows:
+        if language != group:
+            rows.append([html.text(language)])
+        group = language
+        best = min(cell.mean for cell in cells if cell) if any(cells) else math.nan
+        line = [html.text(source)]
+        for i, cell in enumerate(cells):
+            text = (
+                "&ndash;" if cell is None else f"<b>{cell.text()}</b>" if cell.mean == best else cell.text()
+            )
+            line += [text] + ([comparison.difference(cells, i) or "&ndash;"] if i else [])
+        rows.append(line)
+    note = (
+        "At the last evaluation; the lowest in bold, differences to the first column. Runs that differ in a "
+        "trailing -seedN are one column: mean ± standard deviation over seeds."
+    )
+    return html.soft(note) + html.table(head, rows, range(1, len(head)))
+
+
+def configuration_table(history: History, name: str, first: History) -> str:
+    """Where a run's configuration differs from the first run's."""
+    title = f"<h3>{html.text(name)}</h3>"
+    if history is first:
+        return title + html.soft("The others are compared with this one.")
+    if history.config is None or first.config is None:
+        return title + html.soft("Absent: one of the two configurations cannot be read.")
+    old, new = (to_table(replace(config, run_dir=Path())) for config in (first.config, history.config))
+    lines = differences(old, new)
+    return title + (html.pre("\n".join(lines)) if lines else html.soft("The same but for the folder."))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ def drawing() -> Iterator[type[Figure]]:
         "grid.color": INK,
         "grid.alpha": 0.12,
         "legend.frameon": False,
+        "legend.handlelength": 2.6,
         "legend.fontsize": 8,
         **{f"{part}.color": INK for part in ("text", "xtick", "ytick")},
         **{f"axes.{part}": INK for part in ("edgecolor", "labelcolor")},
@@ -62,7 +63,7 @@ def drawing() -> Iterator[type[Figure]]:
         yield Figure
 
 
-def look(index: int) -> dict[str, str]:
+def look(index: int) -> dict[str, Any]:
     """Colour and line style of the index-th series: 28 different ones."""
     return {
         "color": PALETTE[index % len(PALETTE)],
@@ -99,12 +100,12 @@ def smooth(values: Sequence[float]) -> Floats:
 # ---------------------------------------------------------------- pieces
 
 
-def draw_loss(axis: Axes, steps: Sequence[Record], x: Xs, name: str, **style: Any) -> None:
+def draw_loss(axis: Axes, steps: Sequence[Record], x: Xs, **style: Any) -> None:
     """The loss as it was, faint, and smoothed."""
     places, losses = thin([x[r["step"]] for r in steps]), [r["loss"] for r in steps]
-    faint = {key: value for key, value in style.items() if key != "linestyle"}
+    faint = {key: value for key, value in style.items() if key not in ("linestyle", "label")}
     axis.plot(places, thin(losses), linewidth=0.6, alpha=0.3, **faint)
-    axis.plot(places, thin(smooth(losses)), linewidth=1.5, label=label(name), **style)
+    axis.plot(places, thin(smooth(losses)), linewidth=1.5, **style)
     axis.set(ylabel="loss (nats per token)", title="training loss")
 
 
@@ -168,7 +169,7 @@ def plot(run_dir: str | Path, out: str | Path | None = None) -> Path:
         figure = new_figure(figsize=(12, 7 + 0.09 * len(history.sources)), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)
         steps, x = history.steps, by_step(history)
-        draw_loss(axes[0, 0], steps, x, "loss", **look(0))
+        draw_loss(axes[0, 0], steps, x, **look(0))
         groups = history.by_language(history.sources)
         for i, source in enumerate(itertools.chain.from_iterable(groups.values())):
             draw_source(axes[0, 1], history.evals, x, source, label=label(source), **look(i))
@@ -198,9 +199,9 @@ def plot(run_dir: str | Path, out: str | Path | None = None) -> Path:
 SMALL_COLUMNS = 6  # of the panels by source
 
 
-def run_looks(names: Sequence[str]) -> list[dict[str, str]]:
+def run_looks(names: Sequence[str]) -> list[dict[str, Any]]:
     """Runs that differ in their seed alone share a colour and differ in the line."""
-    looks: dict[int, dict[str, str]] = {}
+    looks: dict[int, dict[str, Any]] = {}
     for colour, members in enumerate(seed_groups(names).values()):
         for place, member in enumerate(members):
             looks[member] = {**look(colour), "linestyle": DASHES[place % len(DASHES)]}
@@ -221,39 +222,71 @@ def plot_runs(
     return Path(out)
 
 
+Panel = tuple[str, "Callable[[Axes], None]"]  # title, what fills it
+
+
+def run_panels(
+    histories: Sequence[History], names: Sequence[str], over: str
+) -> tuple[list[Panel], list[Panel]]:
+    """Large panels (loss, learning rate, a mean of each of `mean_groups`), and a small one for every source."""
+    looks = run_looks(names)
+    places = [by_step(history) if over == "steps" else by_tokens(history) for history in histories]
+
+    def each(draw: Callable[..., None], *arguments: Any, **style: Any) -> Callable[[Axes], None]:
+        def fill(axis: Axes) -> None:
+            for history, name, x, line in zip(histories, names, places, looks, strict=True):
+                draw(axis, history, x, *arguments, label=label(name), **style, **line)
+            axis.set_xlabel("step" if over == "steps" else "million tokens")
+
+        return fill
+
+    def loss(axis: Axes, history: History, x: Xs, **line: Any) -> None:
+        draw_loss(axis, history.steps, x, **line)
+
+    def rate(axis: Axes, history: History, x: Xs, **line: Any) -> None:
+        draw_rate(axis, history.steps, x, **line)
+
+    def averaged(axis: Axes, history: History, x: Xs, sources: Sequence[str], **line: Any) -> None:
+        draw_mean(axis, history.evals, x, sources, **line)
+        axis.set_ylabel("bits per byte")
+
+    def single(axis: Axes, history: History, x: Xs, source: str, **line: Any) -> None:
+        if source in history.sources:
+            draw_source(axis, history.evals, x, source, **line)
+
+    large: list[Panel] = [("training loss", each(loss)), ("learning rate", each(rate))]
+    for what, members in mean_groups(histories).items():
+        large.append((f"{what}, mean of {len(members)} sources", each(averaged, members)))
+    sources = dict.fromkeys(source for history in histories for source in history.sources)
+    small: list[Panel] = []
+    for group, listed in together(histories).by_language(sources).items():
+        for source in listed:
+            text = label(source)
+            title = f"{text if len(text) <= 26 else text[:25] + '…'} ({group})"
+            small.append((title, each(single, source, linewidth=1, markersize=3)))
+    return large, small
+
+
 def draw_runs(
     new_figure: type[Figure], histories: Sequence[History], names: Sequence[str], over: str
 ) -> Figure:
-    sources = list(dict.fromkeys(source for history in histories for source in history.sources))
-    groups = together(histories).by_language(sources)
-    ordered = [(group, source) for group, members in groups.items() for source in members]
-    means = mean_groups(histories)
-    upper, rows = 1 + math.ceil(len(means) / 2), math.ceil(len(ordered) / SMALL_COLUMNS)
+    large, small = run_panels(histories, names, over)
+    upper, rows = math.ceil(len(large) / 2), math.ceil(len(small) / SMALL_COLUMNS)
     figure = new_figure(figsize=(13, 0.4 + 3 * upper + 1.75 * rows), layout="constrained")
     grid = figure.add_gridspec(upper + rows, 12, height_ratios=[3] * upper + [1.9] * rows)
-    loss, rate, *mean_axes = (
-        figure.add_subplot(grid[i // 2, i % 2 * 6 : i % 2 * 6 + 6]) for i in range(2 + len(means))
-    )
-    small = [figure.add_subplot(grid[upper + i // 6, i % 6 * 2 : i % 6 * 2 + 2]) for i in range(len(ordered))]
-    for history, name, style in zip(histories, names, run_looks(names), strict=True):
-        x, evals = by_step(history) if over == "steps" else by_tokens(history), history.evals
-        draw_loss(loss, history.steps, x, name, **style)
-        draw_rate(rate, history.steps, x, **style)
-        for axis, members in zip(mean_axes, means.values(), strict=True):
-            draw_mean(axis, evals, x, members, **style)
-        for axis, (_, source) in zip(small, ordered, strict=True):
-            if any(source in record["bpb"] for record in evals):
-                draw_source(axis, evals, x, source, linewidth=1, markersize=3, **style)
-    for axis, (what, members) in zip(mean_axes, means.items(), strict=True):
-        axis.set(ylabel="bits per byte", title=f"{what}, mean of {len(members)} sources")
-    for axis in (loss, rate, *mean_axes):
-        axis.set_xlabel("step" if over == "steps" else "million tokens")
-    for i, (axis, (group, source)) in enumerate(zip(small, ordered, strict=True)):
-        text = label(source)
-        axis.set_title(f"{text if len(text) <= 26 else text[:25] + '…'} ({group})", fontsize=7.5)
+    for i, (title, fill) in enumerate(large):
+        axis = figure.add_subplot(grid[i // 2, i % 2 * 6 : i % 2 * 6 + 6])
+        fill(axis)
+        axis.set_title(title)
+    for i, (title, fill) in enumerate(small):
+        row, column = divmod(i, SMALL_COLUMNS)
+        axis = figure.add_subplot(grid[upper + row, column * 2 : column * 2 + 2])
+        fill(axis)
+        axis.set_title(title, fontsize=7.5)
+        axis.set(xlabel="", ylabel="")
         axis.tick_params(labelsize=7)
-        if i % SMALL_COLUMNS == 0:
+        if column == 0:
             axis.set_ylabel("bits per byte", fontsize=7)
-    handles, labels = loss.get_legend_handles_labels()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(names)), fontsize=9)
     return figure

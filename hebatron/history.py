@@ -22,7 +22,8 @@ from .corpus import Corpus
 from .metrics import Record, iter_metrics, printable_name
 from .plan import Plan
 from .run import TOKENIZER, open_plan
-from .runconfig import RunConfig, from_table
+from .runconfig import RunConfig
+from .trees import from_table
 
 LANGUAGE_NAMES = {"he": "Hebrew", "en": "English", "code": "code"}
 NEEDED = {
