@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import checkpoints, load_state, load_weights, model_tensors
-from .config import ModelConfig
+from .checkpoint import checkpoints, model_tensors
 from .files import fsync
-from .model import Hebatron
-from .run import TOKENIZER
+from .run import TOKENIZER, open_checkpoint
 from .tokenizer import load_tokenizer
 
 AVERAGED = "averaged"  # in the run folder
@@ -36,10 +34,9 @@ def average_checkpoints(run_dir: Path, last: int) -> Path:
             f"average: last must be at most the {len(folders)} checkpoints in {run_dir}, got {last}; "
             "training.keep_last says how many are kept"
         )
-    model = Hebatron(ModelConfig.from_hub(load_state(folders[0])["model"]))
     mean: dict[str, Tensor] = {}
     for k, folder in enumerate(reversed(folders[:last]), 1):
-        load_weights(folder, model)
+        model = open_checkpoint(folder, device="cpu")
         for name, tensor in model_tensors(model).items():
             if k == 1:
                 mean[name] = tensor.detach().clone()

@@ -1,7 +1,8 @@
 """Training checkpoints: atomic folders of safetensors and JSON, each file under a sha256 manifest.
 
     run_dir/checkpoints/step-000123/
-        model.safetensors      parameters (fp32 masters) and persistent buffers, by the module's names
+        model.safetensors      parameters (fp32 masters) and persistent buffers, by the module's names; where
+                               adapters train on a frozen model, these alone
         optimizer.safetensors  "<parameter>.<state>", for example "lm_head.weight.exp_avg"
         state.json             step, plan hash, resolved configurations of run and model, random generator
         manifest.json          size and sha256 of the three files above
@@ -127,8 +128,14 @@ def remove_stale(root: Path) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a tied weight appears once (safetensors refuses aliases)."""
+    """Parameters and persistent buffers by name; a tied weight appears once (safetensors refuses aliases).
+
+    Of a model with adapters on frozen weights the adapters alone: the rest is where it came from.
+    """
     names = dict(model.named_parameters())
+    trained = {name: parameter for name, parameter in names.items() if parameter.requires_grad}
+    if 0 < len(trained) < len(names):
+        return dict(trained)
     persistent = model.state_dict().keys()
     return names | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 

@@ -344,6 +344,7 @@ class Hebatron(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.activation_checkpointing = False
+        self.draws_random_numbers = False  # in a training forward, as an adapter's dropout does
         # of tensors that stay fp32 in memory and came narrower: a checkpoint saved as it came is the same bytes
         self.stored_dtypes: dict[str, torch.dtype] = {}
         with torch.device(device if device is not None else torch.get_default_device()):
@@ -467,12 +468,15 @@ class Hebatron(nn.Module):
     ) -> tuple[Tensor, list[RouterStats]]:
         """What the head sees of these tokens, and each router's statistics where the context asks for them."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        keep_rng = self.draws_random_numbers
         x_TD = F.embedding(ids_T, self.backbone.embeddings.weight)
         x_TD = (x_TD if noise_TD is None else x_TD + noise_TD.to(x_TD)).to(self.compute_dtype)
         aux = []
         for layer in self.backbone.layers:
             if recompute:
-                x_TD, stats = checkpoint(layer, x_TD, context, use_reentrant=False, preserve_rng_state=False)
+                x_TD, stats = checkpoint(
+                    layer, x_TD, context, use_reentrant=False, preserve_rng_state=keep_rng
+                )
             else:
                 x_TD, stats = layer(x_TD, context)
             if stats is not None:

@@ -11,20 +11,21 @@ from typing import Any
 
 import torch
 
-from .anchor_kl import Base, open_base
+from .anchor_kl import Base, open_base, weights_hash
 from .chat_data import ChatData, open_chats
 from .checkpoint import CheckpointError, load_checkpoint, load_state, load_weights, newest_valid
 from .config import ModelConfig
 from .corpus import Corpus
 from .curriculum import build_plan
+from .lora import add_adapters, merge_adapters
 from .model import Hebatron
 from .optim import build_optimizer
 from .plan import Batch, Plan, Step
 from .presets import PRESETS
-from .runconfig import RunConfig, curriculum
+from .runconfig import LoraConfig, RunConfig, curriculum
 from .sft import ChatRows, neftune_noise
 from .tokenizer import Tokenizer, load_tokenizer
-from .trees import differences, to_table
+from .trees import differences, from_table, to_table
 
 TOKENIZER = "tokenizer"  # in the run folder
 
@@ -33,7 +34,7 @@ TOKENIZER = "tokenizer"  # in the run folder
 class Run:
     """Everything the loop works on; `step` and `bad_in_row` are all of its own state.
 
-    base: of the KL term. chats: of a run over chats.
+    base: of the KL term. chats: of a run over chats. frozen: hash of the weights under adapters.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class Run:
     step: int = 0
     bad_in_row: int = 0
     chats: ChatData | None = None
+    frozen: str | None = None
     bpb: dict[str, float] = field(default_factory=dict)
     chat_loss: dict[str, float] = field(default_factory=dict)
 
@@ -116,13 +118,17 @@ def open_run(config: RunConfig) -> Run:
         chats, tokenizer = open_run_chats(config)
         plan, (_, held_out) = chats.rows, open_corpora(config, tokenizer)
     model = open_model(config, tokenizer)
+    frozen = None
+    if config.lora is not None:
+        frozen = weights_hash(model)
+        add_adapters(model, config.lora, config.training.seed)
     if chats is not None:  # a turn's end is an end of generation, here and in the exported model
         ends = dict.fromkeys((*model.config.eos_token_ids, tokenizer.token_id(chats.encoder.end_of_turn)))
         model.config = model.config.replace(eos_token_id=tuple(ends))
     check_prompts(config, tokenizer, model, chats)
     steps = plan.steps(config.training.tokens_per_batch)
     optimizer, base = build_optimizer(model, config.optimizer), open_base(config, model)
-    return Run(config, tokenizer, plan, steps, held_out, model, optimizer, base, chats=chats)
+    return Run(config, tokenizer, plan, steps, held_out, model, optimizer, base, chats=chats, frozen=frozen)
 
 
 def refuse_overlap(corpora: dict[str, Corpus], held_out: list[tuple[str, Corpus]]) -> None:
@@ -221,6 +227,10 @@ def resume(run: Run, force: bool) -> list[str]:
     hashes = [str(state.get("base")), str(run.base and run.base.hash)]
     if hashes[0] != hashes[1]:
         wrong.append(f"anchor_kl.base: {hashes[0]:.12} -> {hashes[1]:.12} (hash of the frozen base)")
+    if state.get("frozen") != run.frozen:
+        wrong.append(
+            f"model.path: {state.get('frozen')!s:.12} -> {run.frozen!s:.12} (hash of the frozen weights)"
+        )
     if wrong and not force:
         raise ValueError(
             f"train: run_dir must hold this very run to resume it, got {folder} of another: {'; '.join(wrong)}; "
@@ -273,11 +283,29 @@ def open_trained(run_dir: Path) -> tuple[Hebatron, Path, list[str]]:
     folder, notices = newest_valid(run_dir / "checkpoints")
     if folder is None:
         raise ValueError(f"{run_dir}: must hold a checkpoint, got none; train at least one step")
+    return open_checkpoint(folder, pick_device()), run_dir / TOKENIZER, notices
+
+
+def open_checkpoint(folder: Path, device: str) -> Hebatron:
+    """The model of one checkpoint; adapters are merged into the model they were trained on, found where it was."""
     state = load_state(folder)
     try:
-        config, dtype = ModelConfig.from_hub(state["model"]), state["config"]["model"]["compute_dtype"]
+        config, section = ModelConfig.from_hub(state["model"]), state["config"]["model"]
+        adapters, dtype = state["config"].get("lora"), getattr(torch, section["compute_dtype"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint: {folder} must state its model, got no {error}") from error
-    model = Hebatron(config, getattr(torch, dtype), device=pick_device())
+    if adapters is None:
+        model = Hebatron(config, dtype, device=device)
+        load_weights(folder, model)
+        return model
+    model = Hebatron.from_pretrained(section["path"], dtype=torch.float32, device=device)
+    if (found := weights_hash(model)) != state.get("frozen"):
+        raise CheckpointError(
+            f"checkpoint: {folder} has adapters for the model {state.get('frozen')!s:.12}, got {found:.12} in "
+            f"{section['path']}"
+        )
+    add_adapters(model, from_table(LoraConfig, adapters, "lora"), seed=0)
     load_weights(folder, model)
-    return model, run_dir / TOKENIZER, notices
+    merge_adapters(model)
+    model.config, model.compute_dtype = config, dtype
+    return model

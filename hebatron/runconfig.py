@@ -148,6 +148,17 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on a frozen model: see lora.py."""
+
+    rank: int = _checked(16, "> 0")
+    alpha: float = _checked(32.0, "> 0")  # what an adapter computes is scaled by alpha / rank
+    dropout: float = _checked(0.0, "in [0, 1)")  # before the projections' adapters; 0 with experts
+    targets: tuple[str, ...] = ()  # names of projections, such as "in_proj"; none named: all of them
+    experts: bool = True  # on the routed experts' tensors as well
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A training run, whole: phases of text, or chats."""
 
@@ -158,6 +169,9 @@ class RunConfig:
     anchor: dict[str, float] = field(default_factory=dict)  # source weights of the anchor stream
     anchor_kl: AnchorKLConfig = field(default_factory=AnchorKLConfig, metadata=YOUNG)
     order: str | tuple[str, ...] = "forward"  # "reversed", "shuffled" or phase names
+    lora: LoraConfig | None = field(
+        default=None, metadata=YOUNG
+    )  # adapters on model.path instead of its weights
     sft: SftConfig | None = field(default=None, metadata=YOUNG)  # instead of phases, anchor and order
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -235,6 +249,8 @@ def check_run_config(config: RunConfig) -> None:
         raise ValueError(f"model.preset must be one of {', '.join(PRESETS)}, got {model.preset!r}{hint}")
     if model.path is not None and model.fields:
         raise ValueError(f"model.fields must be empty with model.path, got {sorted(model.fields)}")
+    if config.lora is not None and model.path is None:
+        raise ValueError("model.path must be given with [lora], which adapts a trained model, got none")
     _check_names(config.data.corpora, "data.corpora")
     _check_names(config.data.held_out, "data.held_out")
     names = [corpus.name for corpus in config.data.corpora]

@@ -31,6 +31,7 @@ from .checkpoint import remove_old, run_lock, save_checkpoint
 from .evaluate import bits_per_byte
 from .files import fsync
 from .hub import write_generation_config
+from .lora import ADAPTER, adapter_files, coverage, merge_adapters, write_adapter
 from .metrics import METRICS, MetricsWriter, Record, Reporter, make_reporter
 from .model import RouterStats
 from .optim import clip_gradients, set_learning_rate, step_learning_rate
@@ -92,8 +93,9 @@ def train(
                 notices.append(
                     f"{METRICS} ends at step {metrics.last_step}: the steps after it are not in it"
                 )
-            chats = [] if run.chats is None else run.chats.lines()
-            for notice in [describe(config), headline(run), *chats, *notices]:
+            told = [] if config.lora is None else coverage(run.model)
+            told += [] if run.chats is None else run.chats.lines()
+            for notice in [describe(config), headline(run), *told, *notices]:
                 reporter.note(notice)
             if run.chats is not None and metrics.empty:
                 metrics.write(run.chats.record())
@@ -183,7 +185,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
     else:
         run.bad_in_row = 0
         run.optimizer.step()
-        if routers.counts and settings.router_bias_rate > 0:
+        if routers.counts and settings.router_bias_rate > 0 and config.lora is None:  # a frozen model's stays
             run.model.update_router_bias(routers.counts, settings.router_bias_rate)
     run.step += 1
     record: Record = {
@@ -320,6 +322,7 @@ def save(run: Run, metrics: MetricsWriter) -> None:
         "plan_hash": run.plan.hash,
         "config_hash": config_hash(run.config),
         "base": run.base and run.base.hash,
+        "frozen": run.frozen,
         "config": to_table(run.config, hashed_only=True),
         "model": run.model.config.to_hub(),
     }
@@ -343,10 +346,16 @@ def finish(run: Run) -> Path:
     if not final.exists():
         if tmp.exists():
             shutil.rmtree(tmp)
+        adapter = None
+        if run.config.lora is not None:
+            adapter = adapter_files(run.model, str(run.config.model.path))
+            merge_adapters(run.model)
         run.model.save_pretrained(tmp)
+        if adapter is not None:
+            write_adapter(tmp / ADAPTER, *adapter)
         run.tokenizer.save(tmp)
         write_generation_config(run.model.config, tmp)
-        for path in (*tmp.iterdir(), tmp):
+        for path in (*tmp.rglob("*"), tmp):
             fsync(path)
         os.rename(tmp, final)
         fsync(final.parent)
