@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from .chat_template import NEMOTRON3, ChatTemplate
+from .chat_template import open_template
 from .chats import ChatEncoder, ChatLedger, Sample, encode_chats
 from .evaluate import evaluating
 from .model import Hebatron
@@ -65,21 +64,6 @@ class ChatData:
             f"{group['masked_share']:>9.1%}"
             for name, group in told["groups"].items()
         ]
-
-
-def open_template(name: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """ "nemotron3", the hub's form, or the text of a file; raises ValueError if there is none."""
-    if name == "nemotron3":
-        text = NEMOTRON3
-    elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
-    else:
-        raise ValueError(f"sft.template must be nemotron3 or a file, got {name!r}")
-    named = [
-        None if i is None else tokenizer.decode([i], skip_special=False)
-        for i in (tokenizer.bos_id, tokenizer.eos_id)
-    ]
-    return ChatTemplate(text, bos_token=named[0] or "", eos_token=named[1] or "")
 
 
 def open_chats(config: SftConfig, tokenizer: Tokenizer, seed: int, held_out_tokens: int) -> ChatData:

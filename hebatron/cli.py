@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from hebatron.verbs import Arguments as Arguments
 from hebatron.verbs import (
     average,
+    chat,
     data_inspect,
     data_prepare,
     data_score,
@@ -89,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     average.register(verbs)
     evaluate.register(verbs)
     generate.register(verbs)
+    chat.register(verbs)
     export = verbs.add_parser("export", help="write a model for others")
     export_verbs = export.add_subparsers(metavar="VERB", required=True)
     export_hf.register(export_verbs)

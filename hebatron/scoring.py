@@ -21,12 +21,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cache import Cache
 from .evaluate import evaluating
 from .model import Hebatron
 from .tokenizer import Tokenizer
 
 BLOCK_ITEMS = (
     128  # encoded at a time: 25 examples make a context of 3,000 tokens, four choices four copies of it
+)
+SHARED_TOKENS = 128  # a common beginning of at least so many tokens, half of each sequence, is read once
+MAX_SHARING = (
+    64  # sequences that go on from one beginning at a time: the hub's 30B model has 48 MB of states for each
 )
 MAX_LOGIT_ROWS = 1024  # of one forward: 0.5 GB in fp32 with the hub's vocabulary of 131,072
 
@@ -148,7 +153,8 @@ def score_items(
     """What the model makes of each (context, choices): many choices packed into one forward, isolated.
 
     The result does not depend on which share a forward. Choices that differ in their last token only are one
-    sequence. A context that is too long for the model loses its beginning.
+    sequence; a long common beginning (worked examples, a passage) is read once and its states are gone on from.
+    A context that is too long for the model loses its beginning.
 
     Args:
         batch_tokens: of one forward; a longer sequence is a forward of its own.
@@ -239,33 +245,75 @@ def score_pairs(
         key = tuple(inputs[-longest:])
         rows.setdefault(key, _Row(key, {})).targets[i] = targets
     scored: dict[int, tuple[float, bool]] = {}
-    # like lengths together: the logits of a forward are as many for each sequence
-    for batch in _batches(sorted(rows.values(), key=lambda row: (row.kept, len(row.ids))), batch_tokens):
-        scored |= _forward(model, batch)
+    for shared, group in _groups(list(rows.values())):
+        cache = None if shared == 0 else _read(model, group[0].ids[:shared])
+        # like lengths together: the logits of a forward are as many for each sequence
+        group.sort(key=lambda row: (row.kept, len(row.ids)))
+        for batch in _batches(group, shared, batch_tokens):
+            scored |= _forward(model, batch, shared, cache)
     for i, pair in enumerate(pairs):
         log_prob, greedy = scored[i]
         yield Continuation(log_prob, len(pair.ids) - pair.start, greedy, cut[i])
 
 
-def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
-    """Runs of `rows`, whose `kept` rises, within both limits; at least one row each."""
+def _groups(rows: list[_Row]) -> Iterator[tuple[int, list[_Row]]]:
+    """(tokens of a common beginning, the sequences that have it); all that share none with number 0."""
+    alone: list[_Row] = []
+    group: list[_Row] = []
+    shared = 0
+    for row in sorted(rows, key=lambda row: row.ids):
+        common = 0
+        if group:
+            most = min(shared, len(row.ids) - row.kept)
+            common = next((i for i in range(most) if group[0].ids[i] != row.ids[i]), most)
+        if common >= max(SHARED_TOKENS, len(row.ids) // 2):
+            group.append(row)
+            shared = common
+            continue
+        if len(group) > 1:
+            yield shared, group
+        else:
+            alone += group
+        group, shared = [row], len(row.ids) - row.kept
+    if len(group) > 1:
+        yield shared, group
+    else:
+        alone += group
+    yield 0, alone
+
+
+def _read(model: Hebatron, ids: Sequence[int]) -> Cache:
+    cache = model.new_cache(1, len(ids))
+    model(torch.tensor([ids], device=model.device), cache=cache, logits_to_keep=1)
+    return cache
+
+
+def _batches(rows: Sequence[_Row], shared: int, batch_tokens: int) -> Iterator[list[_Row]]:
+    """Runs of `rows`, whose `kept` rises, within all limits; at least one row each."""
     batch: list[_Row] = []
     tokens = 0
     for row in rows:
-        tokens += len(row.ids)
-        if batch and (tokens > batch_tokens or (len(batch) + 1) * row.kept > MAX_LOGIT_ROWS):
+        tokens += len(row.ids) - shared
+        full = tokens > batch_tokens or (len(batch) + 1) * row.kept > MAX_LOGIT_ROWS
+        if batch and (full or (shared and len(batch) == MAX_SHARING)):
             yield batch
-            batch, tokens = [], len(row.ids)
+            batch, tokens = [], len(row.ids) - shared
         batch.append(row)
     if batch:
         yield batch
 
 
-def _forward(model: Hebatron, batch: Sequence[_Row]) -> dict[int, tuple[float, bool]]:
-    ends = torch.tensor([0, *(len(row.ids) for row in batch)]).cumsum(0).to(torch.int32)
-    ids_T = torch.tensor([token for row in batch for token in row.ids])
+def _forward(
+    model: Hebatron, batch: Sequence[_Row], shared: int, cache: Cache | None
+) -> dict[int, tuple[float, bool]]:
+    """By the number of its pair, each continuation's log-probability and whether it is the greedy one."""
+    if cache is not None:
+        cache = cache.snapshot()
+        cache.reorder([0] * len(batch))
+    ends = torch.tensor([0, *(len(row.ids) - shared for row in batch)]).cumsum(0).to(torch.int32)
+    ids_T = torch.tensor([token for row in batch for token in row.ids[shared:]])
     kept = max(row.kept for row in batch)
-    output = model(ids_T.to(model.device), cu_seqlens=ends.to(model.device), logits_to_keep=kept)
+    output = model(ids_T.to(model.device), cu_seqlens=ends.to(model.device), cache=cache, logits_to_keep=kept)
     logits_QNV: Tensor = output.logits
     if not bool(torch.isfinite(logits_QNV).all()):
         raise ValueError("score_pairs: logits must be finite, got inf or NaN; the weights are broken")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,11 @@ def boundary(tokenizer: Tokenizer, context: str, choice: str) -> tuple[list[int]
     return (whole, start) if start else ([tokenizer.bos_id or 0, *whole], 1)
 
 
-def test_score_choices_is_each_choice_alone_whatever_the_batch(model: Hebatron, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("shared_tokens", [1, 3, 128])
+def test_score_choices_is_each_choice_alone_whatever_the_batch(
+    model: Hebatron, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, shared_tokens: int
+) -> None:
+    monkeypatch.setattr("hebatron.scoring.SHARED_TOKENS", shared_tokens)
     expected = [
         [alone(model, *boundary(tokenizer, item.context, choice))[0] for choice in item.choices]
         for item in ITEMS
@@ -61,6 +66,31 @@ def test_score_choices_is_each_choice_alone_whatever_the_batch(model: Hebatron, 
             for got, want in zip(scored, expected, strict=True):
                 assert [one.log_prob for one in got] == pytest.approx(want, abs=1e-5, rel=1e-6)
     assert score_choices(model, tokenizer, ITEMS) == [[one.log_prob for one in row] for row in scored]
+
+
+def test_a_long_common_beginning_is_read_once(
+    model: Hebatron, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worked = "\n\n".join(f"שאלה {i}: {' '.join(WORDS)}\nתשובה: ספר" for i in range(12))
+    items = [(f"{worked}\n\nשאלה: {word}\nתשובה:", [" ספר ילד", " בית", " יום יום"]) for word in WORDS]
+    items.append(("שלום", [" עולם", " ספר"]))  # shares nothing
+    expected = [
+        [alone(model, *boundary(tokenizer, context, choice))[0] for choice in choices]
+        for context, choices in items
+    ]
+    fed, forward = [], model.forward
+
+    def counted(input_ids: torch.Tensor, **options: Any) -> Any:
+        fed.append(input_ids.numel())
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr("hebatron.scoring.MAX_SHARING", 7)
+    for got, want in zip(score_choices(model, tokenizer, items), expected, strict=True):
+        assert got == pytest.approx(want, abs=1e-5, rel=1e-6)
+    beginning = len(tokenizer.encode(worked))
+    assert beginning > 128 and len(fed) > 4
+    assert sum(fed) < beginning + len(WORDS) * 3 * 30  # and not thirty times the beginning
 
 
 def test_score_items_counts_tokens_behind_the_shared_beginning(model: Hebatron, tokenizer: Tokenizer) -> None:

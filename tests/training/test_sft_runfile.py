@@ -116,7 +116,7 @@ def test_run_files_with_wrong_chats_are_refused(root: Path, tmp_path: Path, text
             SFT.replace("chats.jsonl", "none.jsonl"),
             r"input must be a .jsonl or .jsonl.zst file, got .*none.jsonl",
         ),
-        (SFT + 'template = "x.jinja"', "sft.template must be nemotron3 or a file, got 'x.jinja'"),
+        (SFT + 'template = "x.jinja"', "template must be nemotron3 or a file, got 'x.jinja'"),
         (
             SFT + "[sft.task_weights]\nwrod = 2",
             "task_weights must name one of colour, count, word, got 'wrod'",
