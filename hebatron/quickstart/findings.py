@@ -1,4 +1,4 @@
-"""What a quickstart finds, stage by stage: the report's whole input."""
+"""What the stages of a quickstart find besides its training run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hebatron.doctor import Diagnosis
-from hebatron.metrics import Record
 
 
 @dataclass(frozen=True)
@@ -24,18 +23,6 @@ class TokenizerRow:
 
 
 @dataclass(frozen=True)
-class PhaseRow:
-    """One phase of the curriculum as it was planned."""
-
-    name: str
-    sources: str
-    tokens: int
-    steps: int
-    seq_len: int
-    anchor_share: float
-
-
-@dataclass(frozen=True)
 class ResumeCheck:
     """A segment run through against the same segment stopped and resumed: sha256 of weights and optimizer."""
 
@@ -47,15 +34,6 @@ class ResumeCheck:
     @property
     def bit_exact(self) -> bool:
         return self.digest_through == self.digest_resumed
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the model wrote after one prompt, after the base and at the end."""
-
-    prompt: str
-    before: str
-    after: str
 
 
 @dataclass(frozen=True)
@@ -92,23 +70,10 @@ class SpeedCheck:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What the stages after training found."""
-
-    metrics: Sequence[Record]
-    resume: ResumeCheck
-    samples: Sequence[Sample]
-    bpb_before: dict[str, float]
-    bpb_after: dict[str, float]
-    languages: dict[str, str]  # source -> he, en or code
-    export: ExportCheck
-    speed: SpeedCheck
-
-
-@dataclass(frozen=True)
 class Findings:
-    """Everything the report shows."""
+    """Everything the report shows besides the run itself."""
 
+    run_dir: Path
     diagnosis: Diagnosis
     command: str
     seed: int
@@ -116,7 +81,6 @@ class Findings:
     vocab_size: int
     tokenizer: Sequence[TokenizerRow]
     model_card: str
-    phases: Sequence[PhaseRow]
-    tokens_per_step: int
-    figure: Path  # the PNG of hebatron.figures.plot
-    measured: Measured
+    resume: ResumeCheck
+    export: ExportCheck
+    speed: SpeedCheck

@@ -23,13 +23,15 @@ from hebatron.curriculum import build_plan
 from hebatron.data import prepare
 from hebatron.doctor import examine
 from hebatron.figures import plot
+from hebatron.history import LANGUAGE_NAMES
 from hebatron.metrics import LiveReporter, PlainReporter, Record, Reporter, read_metrics
 from hebatron.model import Hebatron
 from hebatron.quickstart import corpus as texts
 from hebatron.quickstart.checks import check_export, check_resume, check_speed
-from hebatron.quickstart.findings import Findings, Measured, PhaseRow, Sample, SpeedCheck, TokenizerRow
+from hebatron.quickstart.findings import ExportCheck, Findings, ResumeCheck, SpeedCheck, TokenizerRow
 from hebatron.quickstart.report import render
 from hebatron.quickstart.settings import BASE, Settings, run_config
+from hebatron.report import write_page
 from hebatron.run import open_model
 from hebatron.runconfig import RunConfig, curriculum
 from hebatron.sizes import describe
@@ -41,7 +43,27 @@ DEFAULT_OUT = Path("runs/quickstart")
 LIBRARIES = ("transformers", "matplotlib")
 LOGIT_TOLERANCE = 1e-3  # logits are of order 10; 1e-5 is what fp32 gives
 CONTEXT = 1024  # tokens, for the model card's memory figures
-LANGUAGE_NAMES = {"he": "Hebrew", "en": "English", "code": "Python code"}
+
+
+@dataclass(frozen=True)
+class PhaseRow:
+    """One phase of the curriculum as it was planned."""
+
+    name: str
+    sources: str
+    tokens: int
+    steps: int
+    seq_len: int
+    anchor_share: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model wrote after one prompt, after the base and at the end."""
+
+    prompt: str
+    before: str
+    after: str
 
 
 @dataclass
@@ -96,8 +118,10 @@ def quickstart(
     if final is None:
         print(f"\nstopped; go on with: {_command(out, seed)} --resume")
         return 130
-    measured = measure(journal, settings, out, seed, tokenizer, final)
+    plot(config.run_dir)
+    resumed, export, speed = measure(journal, settings, out, seed, tokenizer, final)
     findings = Findings(
+        run_dir=config.run_dir,
         diagnosis=diagnosis,
         command=_command(out, seed),
         seed=seed,
@@ -105,13 +129,12 @@ def quickstart(
         tokenizer=tokenizer_rows,
         vocab_size=tokenizer.vocab_size,
         model_card=card,
-        phases=phases,
-        tokens_per_step=settings.tokens_per_batch,
-        figure=plot(config.run_dir),
-        measured=measured,
+        resume=resumed,
+        export=export,
+        speed=speed,
     )
     report = out / "report.html"
-    report.write_text(render(findings), encoding="utf-8")
+    write_page(report, render(findings))
     minutes = sum(seconds for _, seconds in journal.stages) / 60
     print(f"\n{total_steps} steps, {minutes:.1f} minutes. Report: {report.resolve()}")
     failures = problems(findings)
@@ -122,7 +145,7 @@ def quickstart(
 
 def measure(
     journal: Journal, settings: Settings, out: Path, seed: int, tokenizer: Tokenizer, final: Path
-) -> Measured:
+) -> tuple[ResumeCheck, ExportCheck, SpeedCheck]:
     """The stages after training: what the run left, shown and checked."""
     metrics = read_metrics(out / "run")
     with journal.stage("stop and resume"):
@@ -130,16 +153,14 @@ def measure(
         print(f"{resumed.steps} steps at once, and stopped after {resumed.stopped_at} and resumed")
         print(f"bit-exact: {'yes' if resumed.bit_exact else 'no'}  (sha256 of weights, optimizer and losses)")
     with journal.stage("samples, after the base and at the end"):
-        samples = _samples(metrics, settings.prompts)
-        for sample in samples:
+        for sample in _samples(metrics, settings.prompts):
             print(f"\nafter the base:\n{sample.prompt}{sample.before}")
             print(f"at the end:\n{sample.prompt}{sample.after}")
     with journal.stage("bits per byte of held-out text, after the base and at the end"):
         before, after = bits_before_after(metrics)
-        languages = {source: texts.LANGUAGES.get(source, "he") for source in after}
         for source, value in after.items():
             was, change = before[source], value - before[source]
-            print(f"{source:<12}{languages[source]:<6}{was:7.3f}{value:8.3f}{change:+8.3f}")
+            print(f"{source:<12}{texts.LANGUAGES.get(source, 'he'):<6}{was:7.3f}{value:8.3f}{change:+8.3f}")
     model = Hebatron.from_pretrained(final)
     with journal.stage("export, reopened by transformers"):
         export = check_export(model, final, out, tokenizer.encode(settings.prompts[0] * 8))
@@ -149,19 +170,18 @@ def measure(
     with journal.stage("speed: mixture of experts against a dense model of equal total size"):
         speed = check_speed(model, settings)
         print(_speed_text(speed))
-    return Measured(metrics, resumed, samples, before, after, languages, export, speed)
+    return resumed, export, speed
 
 
 def problems(findings: Findings) -> list[str]:
     """The checks that did not hold: each makes the exit code 1."""
     failures = list(findings.diagnosis.problems)
-    measured = findings.measured
-    if not measured.resume.bit_exact:
+    if not findings.resume.bit_exact:
         failures.append("stop and resume must be bit-exact, got other weights, optimizer state or losses")
-    difference = measured.export.max_logit_difference
+    difference = findings.export.max_logit_difference
     if not difference <= LOGIT_TOLERANCE:  # NaN fails as well
         failures.append(f"export: logits must be within {LOGIT_TOLERANCE} of transformers', got {difference}")
-    if not measured.export.same_greedy_text:
+    if not findings.export.same_greedy_text:
         failures.append("export: transformers must write the same greedy text, got another")
     return failures
 

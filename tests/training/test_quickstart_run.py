@@ -7,11 +7,11 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_records import evaluation, step, write
 
 from hebatron import cli
 from hebatron.curriculum import Phase
@@ -111,10 +111,11 @@ def test_export_speaks_through_the_command_line(
     finished: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, _ = finished
+    texts = []  # of one line or more: what so small a model writes changes with the last bit of a kernel
     for model in (out / "hf", out / "run"):
         assert cli.main(["generate", str(model), "ויאמר", "--max-new-tokens", "3"]) == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == second and first.startswith("ויאמר")
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("ויאמר")
     assert cli.main(["eval", str(out / "hf"), str(out / "held_out"), "--max-tokens", "50"]) == 0
     assert "narrative" in capsys.readouterr().out
 
@@ -134,9 +135,9 @@ def test_export_hf_takes_a_run_at_any_step(
 def test_report_on_disk_has_the_samples(finished: tuple[Path, str]) -> None:
     out, _ = finished
     page = (out / "report.html").read_text(encoding="utf-8")
-    check_self_contained(page)
+    assert "Absent" not in page and "plan; the corpora still give this one" in page
     for prompt in MINIATURE.prompts:
-        assert page.count(f'<p class="he" dir="rtl" lang="he"><b>{prompt}</b>') == 2
+        assert page.count(f'<p dir="auto"><b>{prompt}</b>') >= 2
 
 
 # ---------------------------------------------------------------- the folder
@@ -175,46 +176,13 @@ def test_missing_library_names_the_command(tmp_path: Path, monkeypatch: pytest.M
 # ---------------------------------------------------------------- the report
 
 
-class Links(HTMLParser):
-    """Collects what a browser would load or follow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.tags: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.found += [
-            value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")
-        ]
-
-
-def check_self_contained(page: str) -> None:
-    links = Links()
-    links.feed(page)
-    assert all(link.startswith("data:image/png;base64,") for link in links.found)
-    assert not {"script", "link", "iframe"} & set(links.tags)
-    assert "://" not in page and "@import" not in page and "url(" not in page
-    assert re.findall(r"<h2>(.*?)</h2>", page) == list(report.SECTIONS)
-
-
 @pytest.fixture
 def make_findings(tmp_path: Path) -> Callable[..., findings.Findings]:
-    figure = tmp_path / "metrics.png"
-    figure.write_bytes(b"\x89PNG")
-    router = {"mean": 8.0, "max_over_ideal": 1.5, "dead": 0.25, "load_entropy": 0.9}
-    step = {"kind": "step", "step": 1, "tokens": 128, "router": [router], "phase": BASE}
-    evaluation = {
-        "kind": "eval",
-        "step": 1,
-        "phase": BASE,
-        "bpb": {"narrative": 2.5},
-        "router_load": [[3, 0, 5, 8]],
-    }
+    run_dir = write(tmp_path / "run", [step(1, BASE), evaluation(1, BASE, narrative=2.5)])
 
     def make(**changes: Any) -> findings.Findings:
         values: dict[str, Any] = {
+            "run_dir": run_dir,
             "diagnosis": Diagnosis((("machine", "m"), ("python", "3"), ("torch", "t")), (), ()),
             "command": "hebatron quickstart --out <out>",
             "seed": 0,
@@ -222,37 +190,24 @@ def make_findings(tmp_path: Path) -> Callable[..., findings.Findings]:
             "vocab_size": 300,
             "tokenizer": [findings.TokenizerRow("Hebrew", 400, 100)],
             "model_card": "layers 7 <MEM*EME>",
-            "phases": [findings.PhaseRow(BASE, "english 1", 1024, 8, 64, 0.0)],
-            "tokens_per_step": 128,
-            "metrics": [step, evaluation],
-            "figure": figure,
             "resume": findings.ResumeCheck(8, 3, "aa", "aa"),
-            "samples": [findings.Sample("שאלה", " <b>לפני", " אחרי")],
-            "bpb_before": {"narrative": 3.0, "english": 1.5},
-            "bpb_after": {"narrative": 2.0, "english": 1.75},
-            "languages": {"narrative": "he", "english": "en"},
             "export": findings.ExportCheck(Path("hf"), "5.0", 1e-5, True),
             "speed": findings.SpeedCheck(8, 512, 5, 600, 600, 200, 600, 3000.0, 2000.0),
         }
-        values |= changes
-        measured = {key: values.pop(key) for key in list(values) if key in findings.Measured.__annotations__}
-        return findings.Findings(**values, measured=findings.Measured(**measured))
+        return findings.Findings(**values | changes)
 
     return make
 
 
-def test_report_is_self_contained_and_complete(make_findings: Callable[..., findings.Findings]) -> None:
+def test_report_is_the_runs_page_and_what_the_stages_found(
+    make_findings: Callable[..., findings.Findings],
+) -> None:
     page = report.render(make_findings())
-    check_self_contained(page)
-    assert "+0.250" in page and "-1.000" in page  # forgetting and learning
-    assert "<th class=n>after base</th>" in page and "2.500" in page
-    assert "1.50&times;" in page and "3.00&times; fewer active" in page
+    sections = re.findall(r"<h2>(.*?)</h2>", page)
+    assert sections[0] == "Alarms" and tuple(sections[-len(report.SECTIONS) :]) == report.SECTIONS
+    assert "2.500" in page and "1.50&times;" in page and "3.00&times; fewer active" in page
     assert "1.5 min" in page and "4.00&times; fewer" in page
-
-
-def test_report_escapes_what_the_model_wrote(make_findings: Callable[..., findings.Findings]) -> None:
-    page = report.render(make_findings())
-    assert "&lt;b&gt;לפני" in page and "&lt;MEM*EME&gt;" in page and "--out &lt;out&gt;" in page
+    assert "://" not in page and "&lt;MEM*EME&gt;" in page and "--out &lt;out&gt;" in page
 
 
 def test_report_says_no_where_resume_differs(make_findings: Callable[..., findings.Findings]) -> None:
@@ -274,12 +229,6 @@ def test_failed_checks_are_problems(
     other = make_findings(export=findings.ExportCheck(Path("hf"), "5.0", 1e-6, False))
     assert run.problems(other) == ["export: transformers must write the same greedy text, got another"]
     assert run.problems(make_findings()) == []
-
-
-def test_report_without_experts_says_so(make_findings: Callable[..., findings.Findings]) -> None:
-    step = {"kind": "step", "step": 1, "tokens": 128, "router": [], "phase": BASE}
-    evaluation = {"kind": "eval", "step": 1, "phase": BASE, "bpb": {}, "router_load": []}
-    assert "No mixture-of-experts layer" in report.render(make_findings(metrics=[step, evaluation]))
 
 
 def test_published_settings_can_be_planned(tmp_path: Path) -> None:
