@@ -10,6 +10,8 @@ One JSON object per line, in step order, each with "kind" and "step" (optimizer 
             router_languages and expert_overlap of the held-out text, alarms (lines; router.py has the thresholds);
             for chats also chat_loss (nats per learnt token of held-out ones: "all", "task/<name>", "lang/<name>")
             and chat_router (the two keys of router health on those chats)
+    alarm   phase, what (a line: a loss spike or a step that was not finite; spikes.py), rows (first, last),
+            documents (by corpus: id, or # and hash of the text; for chats by source: file, line and id)
     sample  prompt, text, chat (whether text answers the prompt or goes on with it)
 What depends on the clock is under "time" alone, so that a resumed run's file equals an uninterrupted one's
 in everything else.
@@ -143,6 +145,15 @@ def sample_text(record: Record) -> str:
     return text
 
 
+def alarm_text(record: Record) -> str:
+    first, last = record["rows"]
+    documents = sum(map(len, record["documents"].values()))
+    return (
+        f"ALARM step {record['step']}  {record['what']} (phase {printable_name(record['phase'])}, "
+        f"rows {first}..{last}, {documents} documents: see {METRICS})"
+    )
+
+
 class Reporter(Protocol):
     """Where progress goes: `step` gets each step's record and the tokens per expert of each MoE layer."""
 
@@ -189,6 +200,8 @@ class PlainReporter:
                 self.note(f"step {record['step']}  chat loss: {bpb_text(record['chat_loss'])}")
             for line in record.get("alarms", ()):
                 self.note(f"ALARM step {record['step']}  {line}")
+        elif record["kind"] == "alarm":
+            self.note(alarm_text(record))
         elif record["kind"] == "sample":
             self.note(f"step {record['step']}  sample:\n{sample_text(record)}")
 
@@ -236,6 +249,8 @@ class LiveReporter:
                 self.bpb.setdefault(source, []).append(value)
             for line in record.get("alarms", ()):
                 self.note(f"ALARM step {record['step']}  {line}")
+        elif record["kind"] == "alarm":
+            self.note(alarm_text(record))
         elif record["kind"] == "sample":
             self.sample = record
         self._draw()

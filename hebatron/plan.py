@@ -187,6 +187,17 @@ class Plan:
             held += length
         return [*pieces, range(start, rows.stop)] if rows else []
 
+    def documents(self, rows: range) -> dict[str, list[str]]:
+        """The documents of these rows by corpus, each once: its id, or "#" and its text's hash where it has none."""
+        begin, end = self.row_segments[rows.start], self.row_segments[rows.stop]
+        names: dict[str, list[str]] = {}
+        for number, (name, corpus) in enumerate(self.corpora.items()):
+            segments = self.segments[begin:end]
+            numbers = np.unique(segments[segments[:, 0] == number, 1]).tolist()
+            if numbers:
+                names[name] = [corpus.id(i) or f"#{corpus.hash(i).hex()}" for i in numbers]
+        return names
+
     def batch(self, rows: range) -> Batch:
         """The tokens of these rows; a pure function, so a batch may be cut into micro-batches or ranks by rows."""
         if not rows or min(rows) < 0 or max(rows) >= self.num_rows:

@@ -88,6 +88,13 @@ class ChatRows:
             )
         return [rows[i : i + size] for i in range(0, len(rows), size)]
 
+    def documents(self, rows: range) -> dict[str, list[str]]:
+        """The chats of these rows by source, by the names that messages about them use."""
+        names: dict[str, list[str]] = {}
+        for sample in (self.samples[i] for row in rows for i in self.rows[row]):
+            names.setdefault(sample.source, []).append(sample.name)
+        return {source: sorted(set(some)) for source, some in names.items()}
+
     def batch(self, rows: range) -> Batch:
         """The tokens of these rows. A row's `source` is its first sample's; no row is an anchor's."""
         if not rows or min(rows) < 0 or max(rows) >= self.num_rows:

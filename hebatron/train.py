@@ -32,13 +32,14 @@ from .evaluate import bits_per_byte
 from .files import fsync
 from .hub import write_generation_config
 from .lora import ADAPTER, adapter_files, coverage, merge_adapters, write_adapter
-from .metrics import METRICS, MetricsWriter, Record, Reporter, make_reporter
+from .metrics import METRICS, MetricsWriter, Record, Reporter, iter_metrics, make_reporter
 from .model import RouterStats
 from .optim import clip_gradients, set_learning_rate, step_learning_rate
 from .plan import Step, rank_rows
 from .router import Health, LanguageCounts, alarms, router_load
 from .run import Run, headline, open_run, resume, save_tokenizer, write_config
 from .runconfig import RunConfig, check_run_config, config_hash, describe
+from .spikes import LossWatch
 from .trees import to_table
 
 
@@ -111,6 +112,7 @@ def loop(
     settings = run.config.training
     last, began, began_at = min(run.total, stop_after), time.monotonic(), run.step
     saved_at, save_due = run.step, False
+    watch = LossWatch(iter_metrics(run.config.run_dir))
     if run.step < last:
         remove_final(run)
     while run.step < last and not stopping.is_set():
@@ -125,6 +127,10 @@ def loop(
         }
         metrics.write(record)
         reporter.step(record, counts)
+        alarm = watch.see(record, run.plan, run.steps[run.step - 1].rows)
+        if alarm is not None:
+            metrics.write(alarm)
+            reporter.event(alarm)
         if is_eval_step(run):
             for event in evaluation_records(run, record, counts):
                 metrics.write(event)

@@ -103,6 +103,10 @@ def test_a_batch_is_a_pure_function_of_its_rows():
     pieces = [rows.batch(piece) for step in steps for piece in rows.microbatches(step.rows, 16)]
     assert torch.equal(torch.cat([piece.input_ids for piece in pieces]), whole.input_ids)
     assert torch.equal(torch.cat([piece.labels for piece in pieces]), whole.labels)
+    for row in range(rows.num_rows):
+        names = [rows.samples[i].name for i in rows.rows[row]]
+        assert rows.documents(range(row, row + 1)) == {"toy": sorted(names)}
+    assert rows.documents(range(rows.num_rows)) == {"toy": [f"s{i}" for i in range(8)]}
 
 
 def test_answers_are_learnt_from_rows():

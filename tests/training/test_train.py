@@ -200,6 +200,11 @@ def test_train_skips_a_bad_step_and_saves_no_checkpoint_of_it(
     records = {record["step"]: record for record in read_metrics(tmp_path) if record["kind"] == "step"}
     assert [records[step]["skipped"] for step in range(3, 7)] == [False, True, True, False]
     assert records[4]["loss"] is None and records[4]["grad_norm"] is None
+    alarms = [record for record in read_metrics(tmp_path) if record["kind"] == "alarm"]
+    assert [(record["step"], record["phase"]) for record in alarms] == [(4, "base"), (5, "formal")]
+    rows = run.steps[3].rows
+    assert alarms[0]["rows"] == [rows.start, rows.stop - 1] and list(alarms[0]["documents"]) == ["en"]
+    assert "not finite" in alarms[0]["what"]
 
 
 def test_train_stops_after_bad_steps_in_a_row_and_keeps_the_last_good_state(
