@@ -14,7 +14,7 @@ Rules, all of them:
   isolation  a segment is a piece of one document; `cu_seqlens` has one entry a segment.
   source     "corpus" or "corpus/source". Its documents form an endless stream, permuted anew for every epoch
              (by hash of seed, name, epoch and document). A later phase goes on where an earlier one stopped.
-             Repeats are reported by `describe` and limited by max_epochs.
+             Repeats are reported by `describe` and limited by max_epochs, the anchor's by anchor_max_epochs.
   budget     a phase has floor(tokens / seq_len) rows; round(anchor_share x rows) of them are anchor rows, the
              others are shared out by weight (largest remainder), every source of weight > 0 at least one row.
   mixing     anchor rows are spread by error diffusion: in any prefix of a phase they are within one row of the
@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from .corpus import Corpus
 from .order import mix, order_rows
-from .phases import Curriculum, Phase
+from .phases import Curriculum, Phase, epoch_limit
 from .plan import Batch, Int64s, Plan, Step
 
 __all__ = ["Batch", "Curriculum", "Phase", "Plan", "Step", "build_plan"]
@@ -80,6 +80,15 @@ class _Stream:
         self.taken = end
         lengths = np.diff(cuts, append=end)
         return (cuts - begin) // seq_len, self._documents[order[place]], cuts - starts[place], lengths
+
+    def check(self, limit: float, reader: str, setting: str) -> None:
+        """Refuse more than `limit` epochs."""
+        if self.taken > limit * self.pairs_per_epoch:
+            raise ValueError(
+                f"build_plan: {reader} must read {self.name!r} at most {setting} = {limit:g} times, "
+                f"got {self.taken / self.pairs_per_epoch:.2f} by its end "
+                f"({self.taken} tokens of {self.pairs_per_epoch} an epoch)"
+            )
 
 
 def _documents(corpora: Mapping[str, Corpus], name: str) -> tuple[int, Int64s, Int64s]:
@@ -177,6 +186,10 @@ class _Cutter:
                 f"build_plan: anchor must have a row for every source of weight > 0, got none for {lost[0]!r} "
                 f"among {sum(self.num_anchors)} anchor rows; raise tokens or drop the source"
             )
+        for (role, name), stream in self.streams.items():
+            if role == "anchor":
+                limit = epoch_limit(curriculum.anchor_max_epochs, name)
+                stream.check(limit, "the anchor", "anchor_max_epochs")
 
     def _cut(self, role: str, name: str, rows: int, seq_len: int) -> _Stream:
         if (role, name) not in self.streams:
@@ -198,12 +211,7 @@ class _Cutter:
                     f"for {name!r} among {rows} rows ({anchors} anchor); raise tokens or drop the source"
                 )
             stream = self._cut("source", name, share, phase.seq_len)
-            if phase.max_epochs is not None and stream.taken > phase.max_epochs * stream.pairs_per_epoch:
-                raise ValueError(
-                    f"build_plan: phase {phase.name!r} must read {name!r} at most max_epochs = "
-                    f"{phase.max_epochs} times, got {stream.taken / stream.pairs_per_epoch:.2f} by its end "
-                    f"({stream.taken} tokens of {stream.pairs_per_epoch} an epoch)"
-                )
+            stream.check(epoch_limit(phase.max_epochs, name), f"phase {phase.name!r}", "max_epochs")
         return numbers
 
     def _cut_anchor(self, seq_len: int) -> Int64s:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 ORDERS = ("forward", "reversed", "shuffled")
+EpochLimits = float | dict[str, float] | None  # for all sources, by source, none
 OLD_ORDERS = {"easy_to_hard": "forward"}  # names that older run files use
 
 
@@ -18,8 +19,9 @@ class Phase:
 
     sources: weight of each "corpus" or "corpus/source" among the rows that are no anchor rows; 0: not used.
     tokens: the phase's loss-bearing tokens, the anchor's included. max_epochs: refuse a plan in which one of
-    this phase's sources has been read more often than this by the phase's end, earlier phases included (None: no
-    limit). The others belong to the phase's place in the run, whatever `order` puts there:
+    this phase's sources has been read more often than this by the phase's end, earlier phases included: a number for
+    all of them or a table by source (None, or not in the table: no limit). The others belong to the phase's place in
+    the run, whatever `order` puts there:
     anchor_share: of the tokens. batch_tokens: of one step, instead of training.tokens_per_batch; several are a
     ramp, each for an equal share of the phase. learning_rate: the peak at the phase's last batch size, instead of
     optimizer.learning_rate. schedule: this shape over the phase's own steps, with [schedule]'s warm-up, decay and
@@ -30,7 +32,7 @@ class Phase:
     tokens: int
     seq_len: int
     anchor_share: float = 0.0
-    max_epochs: float | None = None
+    max_epochs: EpochLimits = None
     pinned: bool = False
     batch_tokens: int | tuple[int, ...] | None = None
     learning_rate: float | None = None
@@ -46,8 +48,7 @@ class Phase:
             raise ValueError(f"{where} tokens must be at least seq_len = {self.seq_len}, got {self.tokens}")
         if not 0 <= self.anchor_share < 1:
             raise ValueError(f"{where} anchor_share must be in [0, 1), got {self.anchor_share}")
-        if self.max_epochs is not None and not self.max_epochs > 0:
-            raise ValueError(f"{where} max_epochs must be above 0, got {self.max_epochs}")
+        check_limits(f"{where} max_epochs", self.max_epochs, self.sources)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"{where} learning_rate must be above 0 and finite, got {self.learning_rate}")
         if self.batch_tokens == () or any(batch < self.seq_len for batch in self.ramp(self.seq_len)):
@@ -70,12 +71,14 @@ class Phase:
 @dataclass(frozen=True)
 class Curriculum:
     """anchor: weights like a phase's sources. order: "forward" (as written), "reversed", "shuffled" (by the seed) or
-    phase names; "easy_to_hard" is an older name of forward."""
+    phase names; "easy_to_hard" is an older name of forward. anchor_max_epochs: like a phase's max_epochs, for
+    what the anchor reads in the whole run."""
 
     phases: tuple[Phase, ...]
     anchor: dict[str, float] = field(default_factory=dict)
     order: str | tuple[str, ...] = "forward"
     seed: int = 0
+    anchor_max_epochs: EpochLimits = None
 
     def __post_init__(self) -> None:
         names = [phase.name for phase in self.phases]
@@ -83,6 +86,7 @@ class Curriculum:
             raise ValueError(f"Curriculum: phases must be at least one, with different names, got {names}")
         if any(phase.anchor_share for phase in self.phases):
             check_weights("Curriculum: anchor", self.anchor)
+        check_limits("Curriculum: anchor_max_epochs", self.anchor_max_epochs, self.anchor)
         if isinstance(self.order, str):
             if self.order not in (*ORDERS, *OLD_ORDERS):
                 close = difflib.get_close_matches(self.order, (*ORDERS, *OLD_ORDERS), n=1)
@@ -114,3 +118,18 @@ def check_weights(what: str, weights: Mapping[str, float]) -> None:
     for name in weights:
         if "/" in name and name.split("/", 1)[0] in weights:
             raise ValueError(f"{what} must not name a corpus and one of its sources, got {sorted(weights)}")
+
+
+def check_limits(what: str, limits: EpochLimits, sources: Mapping[str, float]) -> None:
+    given = limits if isinstance(limits, dict) else {} if limits is None else {"": limits}
+    if any(not limit > 0 for limit in given.values()):
+        raise ValueError(f"{what} must be above 0, got {limits}")
+    unknown = sorted(given.keys() - {"", *sources})
+    if unknown:
+        raise ValueError(f"{what} must be by the names of the sources {sorted(sources)}, got {unknown}")
+
+
+def epoch_limit(limits: EpochLimits, source: str) -> float:
+    """How often this source may be read; inf where nothing limits it."""
+    limit = limits.get(source) if isinstance(limits, dict) else limits
+    return math.inf if limit is None else limit

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .curriculum import Curriculum, Phase
+from .curriculum_presets import CURRICULA, LONG_SEQ_LEN
+from .phases import EpochLimits
 from .presets import PRESETS
 from .trees import did_you_mean, from_table, to_table
 
@@ -123,6 +125,19 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class CurriculumConfig:
+    """Phases by name instead of written out: see curriculum_presets.py. They follow those that are written."""
+
+    preset: str | None = None
+    scale: float = 1.0  # of the preset's tokens
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)  # by phase
+    max_seq_len: int = LONG_SEQ_LEN
+    anchor_share: float = 0.25
+    batch_ramp: int = 8
+    max_epochs: float | None = None
+
+
+@dataclass(frozen=True)
 class AnchorKLConfig:
     """KL(base || model) on anchor rows, to a frozen base: see anchor_kl.py."""
 
@@ -166,7 +181,9 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataConfig = field(default_factory=DataConfig)
     phases: tuple[Phase, ...] = ()
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig, metadata={"hashed": False})
     anchor: dict[str, float] = field(default_factory=dict)  # source weights of the anchor stream
+    anchor_max_epochs: EpochLimits = field(default=None, metadata=YOUNG)
     anchor_kl: AnchorKLConfig = field(default_factory=AnchorKLConfig, metadata=YOUNG)
     order: str | tuple[str, ...] = "forward"  # "reversed", "shuffled" or phase names
     lora: LoraConfig | None = field(
@@ -198,6 +215,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         config = from_table(RunConfig, table)
         if overrides:
             config = _override(config, overrides)
+        config = resolve_phases(config)
         check_run_config(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -239,6 +257,8 @@ def _override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def check_run_config(config: RunConfig) -> None:
     """Check every range and every cross-reference; the error names the place, as in `phases[1].tokens`."""
+    if resolve_phases(config) != config:
+        raise ValueError("phases must end with those of curriculum.preset, got others; see resolve_phases")
     _check_ranges(config, "")
     model = config.model
     given = [name for name in ("preset", "path", "pattern") if getattr(model, name) is not None]
@@ -299,7 +319,7 @@ def _check_anchor_kl(config: RunConfig) -> None:
 
 def _check_sft(config: RunConfig, sft: SftConfig) -> None:
     """Chats have no phases; a row must fit where batches are made."""
-    for name in ("phases", "anchor", "anchor_kl", "order"):
+    for name in ("phases", "curriculum", "anchor", "anchor_max_epochs", "anchor_kl", "order"):
         if getattr(config, name) != getattr(RunConfig(), name):
             raise ValueError(f"{name} must not be given with [sft], got {getattr(config, name)!r}")
     if config.data.corpora and not config.data.held_out_permille:
@@ -314,7 +334,33 @@ def _check_sft(config: RunConfig, sft: SftConfig) -> None:
 
 def curriculum(config: RunConfig) -> Curriculum:
     """The curriculum part of the tree, as the plan is built from it."""
-    return Curriculum(config.phases, config.anchor, config.order, config.training.seed)
+    return Curriculum(
+        config.phases, config.anchor, config.order, config.training.seed, config.anchor_max_epochs
+    )
+
+
+def resolve_phases(config: RunConfig) -> RunConfig:
+    """The run with the phases of its curriculum.preset written out behind its own; one that has them is kept."""
+    section = config.curriculum
+    if section.preset is None:
+        return config
+    if section.preset not in CURRICULA:
+        hint = did_you_mean(section.preset, CURRICULA)
+        raise ValueError(
+            f"curriculum.preset must be one of {', '.join(CURRICULA)}, got {section.preset!r}{hint}"
+        )
+    phases = CURRICULA[section.preset](
+        section.scale,
+        section.sources,
+        tokens_per_batch=config.training.tokens_per_batch,
+        max_seq_len=section.max_seq_len,
+        anchor_share=section.anchor_share,
+        batch_ramp=section.batch_ramp,
+        max_epochs=section.max_epochs,
+    )
+    if config.phases[-len(phases) :] == phases:
+        return config
+    return dataclasses.replace(config, phases=(*config.phases, *phases))
 
 
 def _check_ranges(section: Any, place: str) -> None:

@@ -42,11 +42,12 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     if origin in (
         typing.Union,
         types.UnionType,
-    ):  # "X | None" (null in a saved run) and "str | tuple[str, ...]"
+    ):  # "X | None" (null in a saved run), "str | tuple[str, ...]" and "float | dict[str, float] | None"
         if value is None and types.NoneType in args:
             return None
-        others = [arg for arg in args if arg is not types.NoneType]
-        return _convert(others[-1] if isinstance(value, list) else others[0], value, place)
+        wanted = tuple if isinstance(value, list) else dict if isinstance(value, dict) else None
+        fits = [arg for arg in args if wanted is not None and get_origin(arg) is wanted]
+        return _convert((fits or args)[0], value, place)
     if origin is Literal:
         if value not in args:
             choices = ", ".join(map(str, args))

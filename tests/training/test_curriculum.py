@@ -161,6 +161,11 @@ def test_phase_and_curriculum_errors() -> None:
         ({"anchor_share": 1.0}, r"Phase: 'p' anchor_share must be in \[0, 1\), got 1.0"),
         ({"anchor_share": math.nan}, r"Phase: 'p' anchor_share must be in \[0, 1\), got nan"),
         ({"max_epochs": 0.0}, "Phase: 'p' max_epochs must be above 0, got 0.0"),
+        ({"max_epochs": {"a": math.nan}}, "Phase: 'p' max_epochs must be above 0, got {'a': nan}"),
+        (
+            {"max_epochs": {"b": 1.0}},
+            r"Phase: 'p' max_epochs must be by the names of the sources \['a'\], got \['b'\]",
+        ),
         ({"learning_rate": 0.0}, "Phase: 'p' learning_rate must be above 0 and finite, got 0.0"),
         ({"batch_tokens": 9}, "Phase: 'p' batch_tokens must be at least seq_len = 10, each, got 9"),
         ({"batch_tokens": (10, 9)}, r"Phase: 'p' batch_tokens must be .*, got \(10, 9\)"),
@@ -179,6 +184,11 @@ def test_phase_and_curriculum_errors() -> None:
         (((p, p),), r"phases must be at least one, with different names, got \['p', 'p'\]"),
         (((p, q),), "anchor must have finite weights >= 0, one of them above 0, got {}"),
         (((p,), {}, "hard_to_easy"), "order must be .* or a tuple of phase names, got 'hard_to_easy'"),
+        (((p,), {}, "forward", 0, -1.0), "anchor_max_epochs must be above 0, got -1.0"),
+        (
+            ((p, q), {"a": 1.0}, "forward", 0, {"z": 1.0}),
+            r"anchor_max_epochs must be by the names of the sources \['a'\], got \['z'\]",
+        ),
         (((p,), {}, "shufled"), "order must be .*got 'shufled'; did you mean 'shuffled'"),
         (((p,), {}, ("p", "p")), r"order must name each of \['p'\] once, got \['p', 'p'\]"),
     ]:
@@ -246,6 +256,34 @@ def test_plan_max_epochs_allows_exactly_that_many(corpora: dict[str, Corpus]) ->
         else:
             with pytest.raises(ValueError, match=r"max_epochs = 2 times, got 2\.0"):
                 build_plan(curriculum, corpora)
+
+
+def test_plan_limits_repetition_by_source_and_of_the_anchor(corpora: dict[str, Corpus]) -> None:
+    """Each limit at what the plan reads (fits) and just under it (refused, by name): two phases, two lengths."""
+
+    def plan(limits: Any = None, anchor: Any = None) -> Plan:
+        phases = (
+            Phase("p", {"easy": 1, "hard/law": 1}, 1600, 16, anchor_share=0.25),
+            Phase("q", {"easy": 1, "hard/law": 3}, 3200, 32, anchor_share=0.5, max_epochs=limits),
+        )
+        weights = {"base/english": 1.0, "base/code": 2.0}
+        return build_plan(Curriculum(phases, weights, anchor_max_epochs=anchor), corpora)
+
+    free = plan()
+    read = {(s["name"], s["anchor"]): s["epochs"] for s in free.describe()["sources"]}
+    assert len(set(read.values())) == 4 and max(read.values()) == read["base/code", True]
+    for name in ("easy", "hard/law"):
+        assert plan({name: read[name, False]}).hash == free.hash
+        message = rf"phase 'q' must read '{name}' at most max_epochs = [\d.]+ times, got [\d.]+ by its end"
+        with pytest.raises(ValueError, match=message):
+            plan({name: 0.999 * read[name, False]})
+    for name in ("base/english", "base/code"):
+        assert plan(anchor={name: read[name, True]}).hash == free.hash
+        with pytest.raises(ValueError, match=f"the anchor must read '{name}' at most anchor_max_epochs = "):
+            plan(anchor={name: 0.999 * read[name, True]})
+    with pytest.raises(ValueError, match="the anchor must read 'base/code' at most"):
+        plan(anchor=0.999 * read["base/code", True])
+    assert plan(max(read.values()), max(read.values())).hash == free.hash
 
 
 def test_plan_of_ten_million_tokens_is_vectorised(corpora: dict[str, Corpus]) -> None:

@@ -82,3 +82,19 @@ def test_plan_verb_adds_up_for_named_orders(root: Path, tmp_path: Path) -> None:
     assert "order long, base, formal" in lines
     total = next(line for line in lines if line.startswith("all")).split()
     assert total == ["all", "768", "12", "0:08"]
+
+
+def test_plan_verb_shows_the_phases_of_a_named_curriculum(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = RUN.format(root=root, run_dir=tmp_path / "run")
+    text = text[: text.index("[[phases]]")] + text[text.index("[training]") :].replace("= 64", "= 512")
+    text += '[curriculum]\npreset = "hebatron"\nscale = 2e-7\nmax_seq_len = 128\n'
+    text += "sources = { formal = { he = 1 }, colloquial = { he = 1 }, long = { he = 1 } }\n"
+    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+    assert main(["plan", str(tmp_path / "run.toml")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    told = {line[0]: (line[1], line[5]) for line in lines[1:4]}  # tokens in whole rows, tokens of a row
+    assert told == {"formal": ("15,088", "16"), "colloquial": ("672", "16"), "long": ("3,968", "128")}
+    stages = [line[:2] for line in lines if line and line[0] in told][3:]
+    assert stages == [["formal", "64"], ["formal", "512"], ["colloquial", "512"], ["long", "512"]]

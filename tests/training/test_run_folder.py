@@ -82,7 +82,7 @@ def test_train_leaves_the_callers_random_generator_alone(root: Path, tmp_path: P
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", ["three_phases", "continue"])
+@pytest.mark.parametrize("name", ["three_phases", "continue", "hebatron"])
 def test_example_run_files_train(root: Path, tmp_path: Path, name: str) -> None:
     """The committed run files, shrunk from the command line to the toy's text, a few steps each."""
     example = Path(__file__).parents[2] / "examples" / f"{name}.toml"
@@ -90,7 +90,7 @@ def test_example_run_files_train(root: Path, tmp_path: Path, name: str) -> None:
     overrides = ["--run-dir", str(tmp_path / "run"), "--data.tokenizer", str(root / "tok")]
     for i, corpus in enumerate(config.data.corpora):
         overrides += [f"--data.corpora.{i}.path", str(root / ("en" if corpus.name == "anchor" else "he"))]
-    for i, phase in enumerate(config.phases):
+    for i, phase in enumerate(config.phases if name != "hebatron" else ()):
         overrides += [f"--phases.{i}.tokens", str(8 * phase.seq_len)]
     overrides += [
         "--data.held-out-permille",
@@ -100,12 +100,21 @@ def test_example_run_files_train(root: Path, tmp_path: Path, name: str) -> None:
         "--training.sample-tokens",
         "2",
     ]
-    if name == "continue":
+    if name == "hebatron":
+        overrides += ["--curriculum.scale", "1.2e-7", "--curriculum.max-seq-len", "128"]
+        overrides += ["--training.tokens-per-batch", "1024", "--anchor-max-epochs", "1000"]
+    if name in ("continue", "hebatron"):
         base = toy_config(root, tmp_path / "base")
         overrides += ["--model.path", str(toy_train(replace(base, phases=base.phases[:1])).final)]
     else:
         overrides += ["--model.preset", "tiny"]
-    assert toy_train(load_run_config(example, overrides)).finished
+    config = load_run_config(example, overrides)
+    assert toy_train(config).finished
+    steps = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "step"]
+    assert list(dict.fromkeys(step["phase"] for step in steps)) == [phase.name for phase in config.phases]
+    assert [step["step"] for step in steps if step.get("anchor_kl", -1) >= 0] == (
+        [step["step"] for step in steps] if name == "hebatron" else []
+    )
 
 
 def test_train_past_a_final_model_removes_it(root: Path, tmp_path: Path) -> None:

@@ -56,6 +56,27 @@ def test_load_run_config_reads_every_section(tmp_path: Path) -> None:
     assert config.optimizer.learning_rate == 1.0 and isinstance(config.optimizer.learning_rate, float)
 
 
+def test_repetition_limits_are_a_number_or_a_table(tmp_path: Path) -> None:
+    config = load_run_config(write(tmp_path, GOOD))
+    assert config.anchor_max_epochs is None and "anchor_max_epochs" not in to_table(config, hashed_only=True)
+    text = GOOD.replace("seq_len = 256", "seq_len = 256\nmax_epochs = 2").replace(
+        "[model]", "anchor_max_epochs = 4\n[model]"
+    )
+    config = load_run_config(write(tmp_path, text))
+    assert (config.phases[0].max_epochs, config.anchor_max_epochs) == (2.0, 4.0)
+    assert load_run_config(write(tmp_path, text), ["--phases.0.max-epochs", "3"]).phases[0].max_epochs == 3.0
+    text = text.replace("max_epochs = 2", "max_epochs = { en = 2 }").replace(
+        "epochs = 4", "epochs = { en = 4 }"
+    )
+    config = load_run_config(write(tmp_path, text))
+    assert (config.phases[0].max_epochs, config.anchor_max_epochs) == ({"en": 2.0}, {"en": 4.0})
+    assert from_table(RunConfig, json.loads(json.dumps(to_table(config)))) == config
+    with pytest.raises(ValueError, match=r"phases\[0\].max_epochs.en must be a number, got 'often'"):
+        load_run_config(write(tmp_path, text.replace("{ en = 2 }", '{ en = "often" }')))
+    with pytest.raises(ValueError, match=r"phases\[0\].max_epochs must be a number, got 'often'"):
+        load_run_config(write(tmp_path, text.replace("{ en = 2 }", '"often"')))
+
+
 BAD = [
     ("order =", "ordr =", r"run.toml: ordr must be one of .*; did you mean 'order'\?"),
     ("learning_rate = 1", "learning_rat = 1", r"optimizer.learning_rat must be .*mean 'learning_rate'\?"),
