@@ -20,6 +20,7 @@ from .hebrew import strip_points
 
 DEFAULT_THRESHOLD = 0.8
 RUN_WORDS, PERMUTATIONS, SEED = 5, 128, 1
+RECALL_WEIGHTS = (0.1, 0.9)  # of false candidates and missed ones: a candidate costs one comparison
 _WORD = re.compile(r"\w+")
 _ODD = np.random.default_rng(SEED).integers(0, 1 << 63, RUN_WORDS, np.uint64) * np.uint64(2) + np.uint64(1)
 
@@ -43,7 +44,9 @@ class NearDuplicates:
             PERMUTATIONS, seed=SEED, hashfunc=int, scheme="affine32", gpu_mode="disable"
         )
         self._permutations = self._new().permutations
-        self._index = datasketch.MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+        self._index = datasketch.MinHashLSH(
+            threshold=threshold, num_perm=PERMUTATIONS, weights=RECALL_WEIGHTS
+        )
         self._signatures: list[Any] = []
 
     def add(self, text: str) -> tuple[int, float] | None:

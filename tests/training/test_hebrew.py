@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 
 import pytest
@@ -78,6 +79,38 @@ def test_normalize_is_idempotent_and_counts_add_up() -> None:
         if any("\u05d0" <= c <= "\u05ea" for c in result) and "\n" not in text and "\u200c" not in text:
             joiners = result.count("\u200d")
             assert sum(changes.values()) == len(text) - len(kept) - joiners, ascii(text)
+
+
+def test_normalize_never_joins_drops_or_changes_a_word() -> None:
+    """Random words under marks of every kind, between every separator: the same words, letter by letter."""
+    letters, marks = (
+        "אבגדהוזחטיכךלמםנןסעפףצץקרשת",
+        "\u05b0\u05b8\u05bc\u05c1\u05c2\u05c7\u0591\u05af\u05bd\u200f\u2060",
+    )
+    separators = [" ", "\n", "\u05be", " \u05c0 ", "\u05c3 ", "\u00a0", ", ", " \u201c", "\u201d ", " – "]
+    for seed in range(2000):
+        rng = random.Random(seed)
+        words = ["".join(rng.choices(letters, k=rng.randrange(1, 8))) for _ in range(rng.randrange(1, 12))]
+        if rng.random() < 0.3:
+            words.append(rng.choice(["ג'ירפה", 'צה"ל', "abc", "x9"]))
+        text = ""
+        for word in words:
+            for letter in word:
+                text += letter + "".join(rng.choices(marks, k=rng.randrange(3)) if "\u05d0" <= letter else "")
+            text += rng.choice(separators)
+        result, _ = normalize(text, "hebrew-v1")
+        assert re.findall(r"\w+(?:['\"]\w+)*", result) == words, ascii(text)
+        assert normalize(result, "hebrew-v1") == (result, {}), ascii(text)
+
+
+def test_normalize_leaves_lines_of_code_and_english_alone() -> None:
+    plain = [chr(c) for c in range(0x20, 0x250)] + ["\t", "’", "“", "…", "\u00ad", "\u200b", "\u200d", "👧"]
+    for seed in range(500):
+        rng = random.Random(seed)
+        line = "".join(rng.choices(plain, k=rng.randrange(1, 80)))
+        assert normalize(line, "hebrew-v1") == (line, {})
+        mixed, _ = normalize(f"{line}\nשָׁלוֹם\n{line}", "hebrew-v1")
+        assert mixed == f"{line}\nשלום\n{line}"
 
 
 def test_normalize_never_touches_letters() -> None:
