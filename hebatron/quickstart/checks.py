@@ -1,4 +1,4 @@
-"""What the quickstart measures after training: stop and resume, export, speed against a dense model."""
+"""What the quickstart measures after training: stop and resume, chats, export, speed against a dense model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from torch import Tensor
 
 from hebatron.checkpoint import MODEL, OPTIMIZER, checkpoints
 from hebatron.hub import export_hf
-from hebatron.metrics import Record, read_metrics, without_time
+from hebatron.metrics import Record, Reporter, read_metrics, without_time
 from hebatron.model import Hebatron
 from hebatron.presets import quickstart_dense
-from hebatron.quickstart.findings import ExportCheck, ResumeCheck, SpeedCheck
+from hebatron.quickstart.findings import ChatCheck, ExportCheck, ResumeCheck, Sample, SpeedCheck
 from hebatron.quickstart.settings import Settings, resume_config
+from hebatron.run import open_run
+from hebatron.runconfig import RunConfig
 from hebatron.sizes import count_parameters
-from hebatron.train import train
+from hebatron.train import evaluate_chats, evaluate_held_out, sample, train
 
 GREEDY_TOKENS = 24
 
@@ -77,6 +79,39 @@ def _digest(run_dir: Path) -> str:
     return digest.hexdigest()
 
 
+def train_chats(config: RunConfig, reporter: Callable[[int], Reporter]) -> ChatCheck | None:
+    """Trains on the chats of `config` and compares with its start; None where a signal stopped the training.
+
+    reporter: makes one for a number of steps.
+    """
+    start, prompts = open_run(config), config.training.sample_prompts
+    losses_before, _ = evaluate_chats(start)
+    bpb_before, _ = evaluate_held_out(start)
+    before = [sample(start, prompt) for prompt in prompts]
+    result = train(config, reporter=reporter(start.total))
+    if not result.finished:
+        return None
+    records = read_metrics(config.run_dir)
+    account = next(record for record in records if record["kind"] == "chats")
+    last = [record for record in records if record["kind"] == "eval"][-1]
+    written = {record["prompt"]: record["text"] for record in records if record["kind"] == "sample"}
+    return ChatCheck(
+        steps=result.total_steps,
+        used=account["used"],
+        held_out=account["held_out"],
+        masked_shares={
+            name: group["masked_share"]
+            for name, group in account["rows"]["groups"].items()
+            if not name.startswith("lang/")
+        },
+        losses_before={name: loss for name, loss in losses_before.items() if not name.startswith("lang/")},
+        losses_after={name: loss for name, loss in last["chat_loss"].items() if not name.startswith("lang/")},
+        bpb_before=bpb_before,
+        bpb_after=last["bpb"],
+        samples=[Sample(prompt, text, written[prompt]) for prompt, text in zip(prompts, before, strict=True)],
+    )
+
+
 def check_export(model: Hebatron, tokenizer_folder: Path, out: Path, ids: list[int]) -> ExportCheck:
     """Exports the model, opens the folder with transformers as it is and compares logits and greedy text."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: a local folder needs no network
@@ -94,13 +129,8 @@ def check_export(model: Hebatron, tokenizer_folder: Path, out: Path, ids: list[i
         logits = model(prompt).logits
         difference = (logits - theirs(prompt).logits).abs().max().item()
         mine = model.generate(prompt, max_new_tokens=GREEDY_TOKENS, eos_token_id=())
-        other = theirs.generate(
-            prompt,
-            max_new_tokens=GREEDY_TOKENS,
-            min_new_tokens=GREEDY_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-        )
+        theirs.generation_config.eos_token_id = None  # both write on: the comparison wants every token
+        other = theirs.generate(prompt, max_new_tokens=GREEDY_TOKENS, do_sample=False, pad_token_id=0)
     return ExportCheck(folder, transformers.__version__, difference, torch.equal(mine, other))
 
 

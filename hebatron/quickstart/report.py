@@ -11,10 +11,11 @@ from hebatron import html
 from hebatron import report as run_report
 from hebatron.history import load_history
 from hebatron.html import yes_no
-from hebatron.quickstart.findings import ExportCheck, Findings, ResumeCheck, SpeedCheck
+from hebatron.quickstart.findings import ChatCheck, ExportCheck, Findings, ResumeCheck, SpeedCheck
 
 SECTIONS = (
     "Stop and resume",
+    "Chats",
     "Export",
     "Speed against a dense model",
     "Tokenizer",
@@ -29,6 +30,7 @@ def render(findings: Findings) -> str:
     head, sections = run_report.render(load_history(findings.run_dir))
     bodies = (
         _resume(findings.resume),
+        _chats(findings.chats),
         _export(findings.export),
         _speed(findings.speed),
         _tokenizer(findings),
@@ -66,6 +68,43 @@ def _resume(check: ResumeCheck) -> str:
     ]
     table = html.table(("run", "sha256 of weights and optimizer state"), rows)
     return f"<p>Bit-exact: {yes_no(check.bit_exact)}</p>{table}"
+
+
+def _chats(check: ChatCheck) -> str:
+    note = (
+        f"Supervised fine-tuning in {check.steps} steps on {check.used - check.held_out:,} chats, of which only "
+        f"the answers bear loss ({check.masked_shares['all']:.0%} of the tokens do not); {check.held_out:,} others "
+        "are held out."
+    )
+    losses = [
+        (
+            escape(name.removeprefix("task/")),
+            f"{check.masked_shares[name]:.0%}",
+            f"{check.losses_before[name]:.3f}",
+            f"{check.losses_after[name]:.3f}",
+        )
+        for name in check.losses_before
+    ]
+    texts = [
+        (
+            escape(name),
+            f"{before:.3f}",
+            f"{check.bpb_after[name]:.3f}",
+            f"{check.bpb_after[name] - before:+.3f}",
+        )
+        for name, before in check.bpb_before.items()
+    ]
+    said = [
+        [f'<div dir="auto">{escape(text)}</div>' for text in (s.prompt, s.before, s.after)]
+        for s in check.samples
+    ]
+    head = ("held-out chats", "masked", "nats per learnt token, before", "after")
+    return (
+        html.soft(note)
+        + html.table(head, losses, (1, 2, 3))
+        + html.table(("asked", "answered before", "after"), said)
+        + html.table(("held-out text", "bits per byte, before", "after", "change"), texts, (1, 2, 3))
+    )
 
 
 def _export(check: ExportCheck) -> str:

@@ -1,8 +1,8 @@
 """`hebatron quickstart`: from installed text to a trained, checked and exported model, stage by stage.
 
-The output folder gets text/, tokenizer/, corpus/, held_out/, run/ (the training run), hf/ (the export) and
-report.html. Nothing outside it is written, nothing is downloaded, and no folder is ever emptied: a second
-quickstart takes a new folder, and --resume goes on in the old one.
+The output folder gets text/, tokenizer/, corpus/, held_out/, run/ (the training run), sft/ (the run over chats that
+follows), hf/ (the export) and report.html. Nothing outside it is written, nothing is downloaded, and no folder is
+ever emptied: a second quickstart takes a new folder, and --resume goes on in the old one.
 """
 
 from __future__ import annotations
@@ -26,11 +26,20 @@ from hebatron.figures import plot
 from hebatron.history import LANGUAGE_NAMES
 from hebatron.metrics import LiveReporter, PlainReporter, Record, Reporter, read_metrics
 from hebatron.model import Hebatron
+from hebatron.quickstart import chats
 from hebatron.quickstart import corpus as texts
-from hebatron.quickstart.checks import check_export, check_resume, check_speed
-from hebatron.quickstart.findings import ExportCheck, Findings, ResumeCheck, SpeedCheck, TokenizerRow
+from hebatron.quickstart.checks import check_export, check_resume, check_speed, train_chats
+from hebatron.quickstart.findings import (
+    ChatCheck,
+    ExportCheck,
+    Findings,
+    ResumeCheck,
+    Sample,
+    SpeedCheck,
+    TokenizerRow,
+)
 from hebatron.quickstart.report import render
-from hebatron.quickstart.settings import BASE, Settings, run_config
+from hebatron.quickstart.settings import BASE, Settings, chat_config, run_config
 from hebatron.report import write_page
 from hebatron.run import open_model
 from hebatron.runconfig import RunConfig, curriculum
@@ -57,15 +66,6 @@ class PhaseRow:
     anchor_share: float
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What the model wrote after one prompt, after the base and at the end."""
-
-    prompt: str
-    before: str
-    after: str
-
-
 @dataclass
 class Journal:
     """Prints numbered headings and keeps how long each stage took."""
@@ -87,6 +87,7 @@ def quickstart(
     resume: bool = False,
     settings: Settings | None = None,
     documents: Iterable[texts.Document] | None = None,
+    chat_records: Iterable[chats.Record] | None = None,
 ) -> int:
     """Runs every stage. Returns 0, or 1 where a check failed, or 130 where a signal stopped the training.
 
@@ -94,12 +95,13 @@ def quickstart(
         out: a new or empty folder; None: runs/quickstart, or the first free one of runs/quickstart-2, -3, ...
         seed: of weights, order of text and samples.
         resume: go on in `out` (None: runs/quickstart), which must hold a quickstart of the same settings.
-        settings, documents: another size and other text than the published ones.
+        settings, documents, chat_records: another size, other text and other chats than the published ones.
     """
     settings = settings or Settings()
     for library in LIBRARIES:
         _require(library)
     documents = texts.gather(seed) if documents is None else documents
+    chat_records = chats.installed(seed) if chat_records is None else chat_records
     out = open_folder(out, seed, resume, settings)
     print(f"hebatron quickstart in {out}: offline, seed {seed}, under 5 minutes on 2 cores")
     journal = Journal()
@@ -108,6 +110,7 @@ def quickstart(
         print(diagnosis.text())
     with journal.stage("text and tokenizer"):
         tokenizer, tokenizer_rows = prepare_text(settings, out, documents)
+        chats.write(chat_records, out / "text" / "chats.jsonl")
     config = run_config(settings, out, seed)
     with journal.stage("model and plan"):
         card = describe(open_model(config, tokenizer).config, CONTEXT)
@@ -116,10 +119,16 @@ def quickstart(
     with journal.stage(f"training: {total_steps} steps"):
         final = train(config, reporter=_reporter(total_steps)).final
     if final is None:
-        print(f"\nstopped; go on with: {_command(out, seed)} --resume")
-        return 130
+        return _stopped(out, seed)
     plot(config.run_dir)
-    resumed, export, speed = measure(journal, settings, out, seed, tokenizer, final)
+    resumed = show_text_run(journal, settings, out, seed)
+    with journal.stage("chats: supervised fine-tuning on questions and translations"):
+        chat_run = chat_config(settings, out, seed)
+        told = train_chats(chat_run, _reporter)
+        if told is None:
+            return _stopped(out, seed)
+        print(_chat_text(told))
+    export, speed = show_model(journal, settings, out, tokenizer, chat_run.run_dir / "final")
     findings = Findings(
         run_dir=config.run_dir,
         diagnosis=diagnosis,
@@ -130,23 +139,23 @@ def quickstart(
         vocab_size=tokenizer.vocab_size,
         model_card=card,
         resume=resumed,
+        chats=told,
         export=export,
         speed=speed,
     )
     report = out / "report.html"
     write_page(report, render(findings))
     minutes = sum(seconds for _, seconds in journal.stages) / 60
-    print(f"\n{total_steps} steps, {minutes:.1f} minutes. Report: {report.resolve()}")
+    print(f"\n{total_steps} + {told.steps} steps, {minutes:.1f} minutes. Report: {report.resolve()}")
+    print(f"Talk to it: hebatron chat {export.folder}")
     failures = problems(findings)
     for failure in failures:
         print(f"FAILED: {failure}")
     return 1 if failures else 0
 
 
-def measure(
-    journal: Journal, settings: Settings, out: Path, seed: int, tokenizer: Tokenizer, final: Path
-) -> tuple[ResumeCheck, ExportCheck, SpeedCheck]:
-    """The stages after training: what the run left, shown and checked."""
+def show_text_run(journal: Journal, settings: Settings, out: Path, seed: int) -> ResumeCheck:
+    """The stages after training on text: what the run left, shown and checked."""
     metrics = read_metrics(out / "run")
     with journal.stage("stop and resume"):
         resumed = check_resume(settings, out, seed)
@@ -161,6 +170,13 @@ def measure(
         for source, value in after.items():
             was, change = before[source], value - before[source]
             print(f"{source:<12}{texts.LANGUAGES.get(source, 'he'):<6}{was:7.3f}{value:8.3f}{change:+8.3f}")
+    return resumed
+
+
+def show_model(
+    journal: Journal, settings: Settings, out: Path, tokenizer: Tokenizer, final: Path
+) -> tuple[ExportCheck, SpeedCheck]:
+    """The stages that look at the model both runs made."""
     model = Hebatron.from_pretrained(final)
     with journal.stage("export, reopened by transformers"):
         export = check_export(model, final, out, tokenizer.encode(settings.prompts[0] * 8))
@@ -170,7 +186,7 @@ def measure(
     with journal.stage("speed: mixture of experts against a dense model of equal total size"):
         speed = check_speed(model, settings)
         print(_speed_text(speed))
-    return resumed, export, speed
+    return export, speed
 
 
 def problems(findings: Findings) -> list[str]:
@@ -216,6 +232,11 @@ def open_folder(out: Path | None, seed: int, resume: bool, settings: Settings) -
     out.mkdir(parents=True, exist_ok=True)
     (out / STAMP).write_text(stamp, encoding="utf-8")
     return out
+
+
+def _stopped(out: Path, seed: int) -> int:
+    print(f"\nstopped; go on with: {_command(out, seed)} --resume")
+    return 130
 
 
 def _command(out: Path, seed: int) -> str:
@@ -311,6 +332,20 @@ def _samples(metrics: list[Record], prompts: Iterable[str]) -> list[Sample]:
     }
     first, last = ends[BASE], max(ends.values())
     return [Sample(prompt, written[first, prompt], written[last, prompt]) for prompt in prompts]
+
+
+def _chat_text(told: ChatCheck) -> str:
+    lines = [
+        f"{told.used:,} chats, {told.held_out} of them held out; "
+        f"{told.masked_shares['all']:.0%} of the tokens bear no loss",
+        f"{'nats per learnt token, held out':<34}{'before':>8}{'after':>8}{'masked':>9}",
+    ]
+    for name, after in told.losses_after.items():
+        before, masked = told.losses_before[name], told.masked_shares[name]
+        lines.append(f"{name:<34}{before:8.3f}{after:8.3f}{masked:9.0%}")
+    for sample in told.samples:
+        lines += [f"\n{sample.prompt}", f"before:\n{sample.before}", f"after:\n{sample.after}"]
+    return "\n".join(lines)
 
 
 def _speed_text(speed: SpeedCheck) -> str:

@@ -13,6 +13,7 @@ from hebatron.runconfig import (
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
+    SftConfig,
     TrainingConfig,
 )
 
@@ -43,6 +44,7 @@ PHASES = (
         anchor_share=0.15,
     ),
 )
+CHAT_PROMPTS = ("7 + 5 =", "תרגם לעברית: Open file", "Translate to English: שמירה")
 PROMPTS = ("ויאמר יהוה אל משה", "ויהי בימים ההם", "רבי יהודה אומר", "לדוד היו חמישה ספרים.")
 
 
@@ -59,6 +61,11 @@ class Settings:
     held_out_tokens: int = 4_000  # a source and evaluation
     prompts: tuple[str, ...] = PROMPTS
     sample_tokens: int = 48
+    chat_prompts: tuple[str, ...] = CHAT_PROMPTS
+    chat_seq_len: int = 256
+    chat_epochs: int = 1
+    chat_learning_rate: float = 1e-3
+    chat_warmup_steps: int = 10
     resume_rows: int = 6  # rows of each phase in the stop-and-resume check: at least one a source
     resume_stop: int = 5  # the step after which that check stops, in the middle of a phase
     prefill: tuple[int, int] = (8, 512)  # batch and length of the speed comparison
@@ -91,6 +98,28 @@ def run_config(settings: Settings, out: Path, seed: int) -> RunConfig:
             sample_prompts=settings.prompts,
             sample_tokens=settings.sample_tokens,
         ),
+    )
+
+
+def chat_config(settings: Settings, out: Path, seed: int) -> RunConfig:
+    """The run over chats that follows: from the model of `run_config`, with the same text to see what is forgotten."""
+    text = run_config(settings, out, seed)
+    return replace(
+        text,
+        run_dir=out / "sft",
+        model=ModelSection(path=text.run_dir / "final"),
+        data=replace(text.data, corpora=()),
+        phases=(),
+        anchor={},
+        sft=SftConfig(
+            chats=(out / "text" / "chats.jsonl",),
+            seq_len=settings.chat_seq_len,
+            epochs=settings.chat_epochs,
+            held_out_permille=50,
+        ),
+        optimizer=OptimizerConfig(learning_rate=settings.chat_learning_rate),
+        schedule=ScheduleConfig(name="cosine", warmup_steps=settings.chat_warmup_steps, floor=0.1),
+        training=replace(text.training, sample_prompts=settings.chat_prompts),
     )
 
 

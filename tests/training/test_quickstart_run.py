@@ -17,7 +17,7 @@ from hebatron import cli
 from hebatron.curriculum import Phase
 from hebatron.doctor import Diagnosis, OperatorRow
 from hebatron.metrics import read_metrics
-from hebatron.quickstart import exercises, findings, report, run
+from hebatron.quickstart import chats, exercises, findings, report, run
 from hebatron.quickstart.corpus import Document
 from hebatron.quickstart.settings import BASE, Settings, resume_config, run_config
 
@@ -35,8 +35,21 @@ MINIATURE = Settings(
     sample_tokens=4,
     resume_rows=2,
     resume_stop=3,
+    chat_prompts=("Open 3",),
+    chat_seq_len=128,
     prefill=(1, 32),
     speed_repeats=1,
+)
+CHATS = findings.ChatCheck(
+    steps=9,
+    used=120,
+    held_out=20,
+    masked_shares={"all": 0.66, "task/<b>": 0.66},
+    losses_before={"all": 7.0, "task/<b>": 7.0},
+    losses_after={"all": 4.25, "task/<b>": 4.25},
+    bpb_before={"narrative": 1.5},
+    bpb_after={"narrative": 1.625},
+    samples=[findings.Sample("<i>7 + 5</i>", "ויאמר", "12")],
 )
 TOTAL_STEPS = 3 * 512 // 128
 
@@ -60,7 +73,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     pytest.importorskip("transformers", reason="the quickstart reopens its export with transformers")
     pytest.importorskip("matplotlib", reason="the quickstart draws its metrics")
     out = tmp_path_factory.mktemp("quickstart") / "run"
-    options: dict[str, Any] = {"settings": MINIATURE, "documents": fixture_text()}
+    chat_records = chats.gather(
+        [(f"Open {i}", f"פתח {i}") for i in range(20)], ["And he said unto them: " * 3] * 9
+    )
+    options: dict[str, Any] = {
+        "settings": MINIATURE,
+        "documents": fixture_text(),
+        "chat_records": chat_records[:60],
+    }
     real_train = run.train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "train", lambda config, reporter: real_train(config, 5, reporter=reporter))
@@ -83,6 +103,7 @@ def test_quickstart_shows_every_stage_in_order(finished: tuple[Path, str]) -> No
         "bit-exact: yes",
         "after the base:",
         "bits per byte of held-out text",
+        "of the tokens bear no loss",
         "largest logit difference",
         "fewer active parameters",
         "Report: ",
@@ -103,7 +124,7 @@ def test_quickstart_writes_its_folder_and_cleans_its_check(finished: tuple[Path,
     out, _ = finished
     made = {path.name for path in out.iterdir()}
     assert made == {
-        *("quickstart.json", "text", "tokenizer", "corpus", "held_out", "run", "hf", "report.html"),
+        *("quickstart.json", "text", "tokenizer", "corpus", "held_out", "run", "sft", "hf", "report.html"),
     }
 
 
@@ -112,7 +133,7 @@ def test_export_speaks_through_the_command_line(
 ) -> None:
     out, _ = finished
     texts = []  # of one line or more: what so small a model writes changes with the last bit of a kernel
-    for model in (out / "hf", out / "run"):
+    for model in (out / "hf", out / "sft"):
         assert cli.main(["generate", str(model), "ויאמר", "--max-new-tokens", "3"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].startswith("ויאמר")
@@ -126,10 +147,10 @@ def test_export_hf_takes_a_run_at_any_step(
     out, _ = finished
     halfway = tmp_path / "run"  # a run that has no final/ yet
     shutil.copytree(out / "run", halfway, ignore=shutil.ignore_patterns("final"))
-    assert cli.main(["export", "hf", str(halfway), str(tmp_path / "hf")]) == 0
-    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (
-        out / "hf" / "model.safetensors"
-    ).read_bytes()
+    for name, folder in (("halfway", halfway), ("whole", out / "run")):
+        assert cli.main(["export", "hf", str(folder), str(tmp_path / name)]) == 0
+    halves, whole = (tmp_path / name / "model.safetensors" for name in ("halfway", "whole"))
+    assert halves.read_bytes() == whole.read_bytes()
 
 
 def test_report_on_disk_has_the_samples(finished: tuple[Path, str]) -> None:
@@ -191,6 +212,7 @@ def make_findings(tmp_path: Path) -> Callable[..., findings.Findings]:
             "tokenizer": [findings.TokenizerRow("Hebrew", 400, 100)],
             "model_card": "layers 7 <MEM*EME>",
             "resume": findings.ResumeCheck(8, 3, "aa", "aa"),
+            "chats": CHATS,
             "export": findings.ExportCheck(Path("hf"), "5.0", 1e-5, True),
             "speed": findings.SpeedCheck(8, 512, 5, 600, 600, 200, 600, 3000.0, 2000.0),
         }
@@ -207,6 +229,7 @@ def test_report_is_the_runs_page_and_what_the_stages_found(
     assert sections[0] == "Alarms" and tuple(sections[-len(report.SECTIONS) :]) == report.SECTIONS
     assert "2.500" in page and "1.50&times;" in page and "3.00&times; fewer active" in page
     assert "1.5 min" in page and "4.00&times; fewer" in page
+    assert "4.250" in page and "+0.125" in page and "&lt;i&gt;7 + 5" in page and "on 100 chats" in page
     assert "://" not in page and "&lt;MEM*EME&gt;" in page and "--out &lt;out&gt;" in page
 
 
