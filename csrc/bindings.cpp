@@ -181,7 +181,78 @@ static SsdUpdateArgs read(Reader& in, SsdUpdateArgs*) {
   a.y = in.pointer("y");
   return a;
 }
-#else
+
+static MoeRouteArgs read_moe_route(Reader& in, bool outputs) {
+  MoeRouteArgs a{};
+  a.tokens = in.integer("tokens");
+  a.experts = in.integer("experts");
+  a.top_k = in.integer("top_k");
+  a.groups = in.integer("groups");
+  a.kept_groups = in.integer("kept_groups");
+  a.workers = in.integer("workers");
+  a.normalize = in.integer("normalize") != 0;
+  a.scale = in.real("scale");
+  a.dtype = in.dtype("dtype");
+  a.logits = in.pointer("logits");
+  a.logits_stride = in.integer("logits_stride");
+  a.bias = (const float*)in.pointer("bias");
+  if (outputs) {
+    a.weights = (float*)in.pointer("weights");
+    a.ids = (int64_t*)in.pointer("ids");
+    a.counts = (int64_t*)in.pointer("counts");
+  }
+  return a;
+}
+
+static MoeRouteArgs read(Reader& in, MoeRouteArgs*) { return read_moe_route(in, true); }
+
+static MoeRouteBwdArgs read(Reader& in, MoeRouteBwdArgs*) {
+  MoeRouteBwdArgs b{};
+  b.forward = read_moe_route(in, false);
+  b.grad_weights = (const float*)in.pointer("grad_weights");
+  b.grad_logits = in.pointer("grad_logits");
+  return b;
+}
+
+static MoeMlpArgs read_moe_mlp(Reader& in, bool outputs) {
+  MoeMlpArgs a{};
+  a.tokens = in.integer("tokens");
+  a.top_k = in.integer("top_k");
+  a.experts = in.integer("experts");
+  a.width = in.integer("width");
+  a.expert_width = in.integer("expert_width");
+  a.workers = in.integer("workers");
+  a.dtype = in.dtype("dtype");
+  a.weight_dtype = in.dtype("weight_dtype");
+  a.x = in.pointer("x");
+  a.x_stride = in.integer("x_stride");
+  a.ids = (const int64_t*)in.pointer("ids");
+  a.weights = (const float*)in.pointer("weights");
+  a.up = in.pointer("up");
+  a.up_expert_stride = in.integer("up_expert_stride");
+  a.up_stride = in.integer("up_stride");
+  a.down = in.pointer("down");
+  a.down_expert_stride = in.integer("down_expert_stride");
+  a.down_stride = in.integer("down_stride");
+  a.hidden = in.pointer("hidden");
+  if (outputs) a.y = in.pointer("y");
+  return a;
+}
+
+static MoeMlpArgs read(Reader& in, MoeMlpArgs*) { return read_moe_mlp(in, true); }
+
+static MoeMlpBwdArgs read(Reader& in, MoeMlpBwdArgs*) {
+  MoeMlpBwdArgs b{};
+  b.forward = read_moe_mlp(in, false);
+  b.grad_y = in.pointer("grad_y");
+  b.grad_x = in.pointer("grad_x");
+  b.grad_weights = (float*)in.pointer("grad_weights");
+  b.grad_up = in.pointer("grad_up");
+  b.grad_down = in.pointer("grad_down");
+  return b;
+}
+#endif
+
 static GroupedGemmArgs read(Reader& in, GroupedGemmArgs*) {
   GroupedGemmArgs a{};
   a.rows = in.integer("rows");
@@ -189,6 +260,8 @@ static GroupedGemmArgs read(Reader& in, GroupedGemmArgs*) {
   a.experts = in.integer("experts");
   a.n = in.integer("n");
   a.k = in.integer("k");
+  a.workers = in.integer("workers");
+  a.dtype = in.dtype("dtype");
   a.relu2 = in.integer("relu2") != 0;
   a.a = in.pointer("a");
   a.a_stride = in.integer("a_stride");
@@ -207,7 +280,6 @@ static GroupedGemmArgs read(Reader& in, GroupedGemmArgs*) {
   a.tile_n = in.integer("tile_n");
   return a;
 }
-#endif
 
 template <class Args>
 static Args parse(const py::kwargs& kw) {

@@ -254,7 +254,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, c.expert_dim, width))
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return moe_mlp(x_TD, ids_TK, weights_TK, self.up_proj.to(x_TD.dtype), self.down_proj.to(x_TD.dtype))
+        up_EFD: Tensor = self.up_proj
+        down_EDF: Tensor = self.down_proj
+        if (x_TD.dtype, up_EFD.dtype) != (torch.bfloat16, torch.float32):  # the operator rounds those itself
+            up_EFD, down_EDF = up_EFD.to(x_TD.dtype), down_EDF.to(x_TD.dtype)
+        return moe_mlp(x_TD, ids_TK, weights_TK, up_EFD, down_EDF)
 
 
 class MoE(nn.Module):

@@ -208,14 +208,22 @@ HEBATRON_INLINE Units gather_units(const S* from, int64_t filled) {
   return load_units(buffer);
 }
 
+// The rows to come: the memory's own prefetching does not follow rows that lie further apart than they are long.
+constexpr int64_t kAhead = 16;
+template <class S>
+HEBATRON_INLINE void prefetch(const S* from, int64_t elements) {
+  for (int64_t i = 0; i < elements * int64_t(sizeof(S)); i += 64) __builtin_prefetch((const char*)from + i);
+}
+
 // One panel of B from columns whose k elements are contiguous: B(k, n) = from[n * n_stride + k], rounded to T;
 // `columns` <= kTileColumns of them.
 template <class T, class S>
 static void pack_columns(T* panel, const S* from, int64_t n_stride, int64_t k, int64_t columns, int vectors = kTileVectors) {
   const int64_t units = units_of<T>(k), width = vectors * kLanes;
-  for (int64_t begin = 0; begin < units; begin += kLanes)
-    for (int64_t n = 0; n < width; n += kLanes) {
+  for (int64_t n = 0; n < width; n += kLanes)
+    for (int64_t begin = 0; begin < units; begin += kLanes) {
       Units block[kLanes];
+      for (int64_t i = 0; i < kLanes; i++) prefetch(from + (n + i + kLanes) * n_stride + begin * kUnit<T>, kLanes * kUnit<T>);
       for (int64_t i = 0; i < kLanes; i++)
         block[i] = n + i < columns ? gather_units<T>(from + (n + i) * n_stride + begin * kUnit<T>, k - begin * kUnit<T>) : set1_units(0);
       transpose(block);
@@ -232,6 +240,7 @@ static void pack_rows(T* panel, const Row& row, int64_t k, int64_t columns, int 
     const int64_t k0 = step * kUnit<T>;
     const auto* first = row(k0);
     const auto* second = kUnit<T> == 2 && k0 + 1 < k ? row(k0 + 1) : nullptr;
+    for (int64_t ahead = k0 + kAhead; ahead < std::min<int64_t>(k, k0 + kAhead + kUnit<T>); ahead++) prefetch(row(ahead), width);
     for (int64_t n = 0; n < width; n += kLanes) {
       const int filled = int(std::clamp<int64_t>(columns - n, 0, kLanes));
       T parts[2][kLanes] = {};

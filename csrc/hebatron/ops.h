@@ -94,9 +94,11 @@ struct SsdUpdateArgs {
 enum class GroupedGemm : int { automatic = 0, sm80 = 1, sm90a = 2, cutlass = 3 };
 
 // out[r] = act(a[row(r)] b[e]) * scale[r] for the rows r of expert e, offsets[e-1] <= r < offsets[e]; row(r) = rows_of_a[r],
-// or r where that is null; act is the identity or relu(.)^2. Rows past the last end become 0. bf16, fp32 accumulate.
+// or r where that is null; act is the identity or relu(.)^2. Rows past the last end become 0. fp32 accumulate.
 struct GroupedGemmArgs {
   int64_t rows, a_rows, experts, n, k;
+  int64_t workers;  // on the CPU at most so many threads: each has a part of the workspace
+  DType dtype;      // of a, b and out; bf16 on CUDA
   bool relu2;
   const void* a;  // a_rows, k
   int64_t a_stride;
@@ -111,6 +113,57 @@ struct GroupedGemmArgs {
   int64_t tile_m, tile_n;  // 0, 0: the implementation chooses
 };
 
+// With s = sigmoid(logits): ids = the best top_k of s + bias among the experts of the kept_groups best groups (by the sum
+// of their two best), weights = scale s[ids], divided by the sum of s[ids] with normalize; counts = tokens per expert.
+struct MoeRouteArgs {
+  int64_t tokens, experts, top_k, groups, kept_groups;
+  int64_t workers;  // at most so many threads
+  bool normalize;
+  double scale;
+  DType dtype;  // of the logits
+  const void* logits;
+  int64_t logits_stride;
+  const float* bias;  // experts
+  float* weights;     // tokens, top_k
+  int64_t* ids;       // tokens, top_k
+  int64_t* counts;    // experts
+};
+
+// Gradient of weights to the logits.
+struct MoeRouteBwdArgs {
+  MoeRouteArgs forward;       // weights, ids and counts unused
+  const float* grad_weights;  // tokens, top_k
+  void* grad_logits;          // tokens, experts
+};
+
+// y[t] = sum_k weights[t, k] down[e] relu(up[e] x[t])^2 with e = ids[t, k]. Rows sorted by expert, then by slot t * K + k.
+struct MoeMlpArgs {
+  int64_t tokens, top_k, experts, width, expert_width;
+  int64_t workers;     // at most so many threads: each has a part of the workspace
+  DType dtype;         // of x, y and hidden
+  DType weight_dtype;  // of up and down; fp32 weights are rounded to dtype as they are read
+  const void* x;
+  int64_t x_stride;
+  const int64_t* ids;    // tokens, top_k
+  const float* weights;  // tokens, top_k
+  const void* up;        // experts, expert_width, width
+  int64_t up_expert_stride, up_stride;
+  const void* down;  // experts, width, expert_width
+  int64_t down_expert_stride, down_stride;
+  void* y;       // tokens, width
+  void* hidden;  // tokens * top_k, expert_width: up[e] x of the sorted rows, for the backward; or null
+};
+
+// Gradients of the above, from hidden.
+struct MoeMlpBwdArgs {
+  MoeMlpArgs forward;   // y unused
+  const void* grad_y;   // tokens, width, contiguous
+  void* grad_x;         // tokens, width; or null
+  float* grad_weights;  // tokens, top_k
+  void* grad_up;        // experts, expert_width, width; or null
+  void* grad_down;      // experts, width, expert_width; or null
+};
+
 // The operators of each module: X(name, Args).
 #define HEBATRON_CPU_OPS(X)               \
   X(rms_norm_fwd, RmsNormArgs)            \
@@ -118,7 +171,12 @@ struct GroupedGemmArgs {
   X(causal_conv1d_fwd, ConvArgs)          \
   X(causal_conv1d_bwd, ConvBwdArgs)       \
   X(causal_conv1d_update, ConvUpdateArgs) \
-  X(ssd_update, SsdUpdateArgs)
+  X(ssd_update, SsdUpdateArgs)            \
+  X(grouped_gemm_fwd, GroupedGemmArgs)    \
+  X(moe_route_fwd, MoeRouteArgs)          \
+  X(moe_route_bwd, MoeRouteBwdArgs)       \
+  X(moe_mlp_fwd, MoeMlpArgs)              \
+  X(moe_mlp_bwd, MoeMlpBwdArgs)
 #define HEBATRON_CUDA_OPS(X)     \
   X(rms_norm_fwd, RmsNormArgs)    \
   X(rms_norm_bwd, RmsNormBwdArgs) \

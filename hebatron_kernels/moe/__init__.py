@@ -19,9 +19,15 @@ _IDS = (torch.int64, torch.int32)
 
 
 def _operator(
-    name: str, arguments: str, returns: str, fake: Callable[..., Any], **others: ModuleType
+    name: str,
+    arguments: str,
+    returns: str,
+    fake: Callable[..., Any],
+    fake_keep: Callable[..., Any] | None = None,
+    **others: ModuleType,
 ) -> Operator:
-    return Operator(name, arguments, returns, {"torch": torch_ops, "reference": reference, **others}, fake)
+    modules = {"torch": torch_ops, "reference": reference, **others}
+    return Operator(name, arguments, returns, modules, fake, fake_keep=fake_keep)
 
 
 def _fake_route(logits: Tensor, bias: Tensor, top_k: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,6 +51,7 @@ _moe_route = _operator(
     "Tensor logits, Tensor bias, int top_k, int n_group, int topk_group, bool normalize, float scale",
     "(Tensor, Tensor, Tensor)",
     _fake_route,
+    native=native,
 )
 _moe_permute = _operator(
     "moe_permute", "Tensor x, Tensor ids, int num_experts", "(Tensor, Tensor, Tensor)", _fake_permute
@@ -68,6 +75,8 @@ _moe_mlp = _operator(
     "Tensor x, Tensor ids, Tensor weights, Tensor up, Tensor down",
     "Tensor",
     lambda x, ids, weights, up, down: x.new_empty(x.shape),
+    fake_keep=lambda x, ids, weights, up, down: (x.new_empty(ids.shape[0] * ids.shape[1], up.shape[1]),),
+    native=native,
 )
 
 
@@ -116,7 +125,7 @@ def moe_route(
         topk_group: groups kept per token, those with the largest sum of their two best s + bias.
         normalize: divide by the sum of the chosen scores.
         scale: factor on the weights (routed_scaling_factor).
-        backend: "torch" or "reference"; None chooses.
+        backend: "native", "torch" or "reference"; None chooses.
 
     Returns:
         weights_TK: (T, K) fp32 (fp64 for fp64 logits).
@@ -132,7 +141,7 @@ def moe_route(
         From weights to logits. The choice has none, so neither has the bias.
 
     Backends:
-        torch: every dtype and device, no host synchronisation.
+        native: C++ on the CPU, fp32 and bf16 logits, one pass. torch: every dtype and device, no host synchronisation.
 
     Source:
         DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16; the model's n_group, topk_group, norm_topk_prob,
@@ -151,6 +160,7 @@ def moe_route(
     check.integer(op, top_k=top_k, n_group=n_group, topk_group=topk_group)
     if not 1 <= top_k <= kept:
         check.refuse(op, "top_k", f"be between 1 and the {kept} experts of the groups kept", top_k)
+    bias_E = bias_E.detach()  # decides the choice, which has no gradient
     return _moe_route(logits_TE, bias_E, top_k, n_group, topk_group, normalize, scale, backend=backend)
 
 
@@ -230,8 +240,9 @@ def grouped_gemm(
         for an expert without rows) and scale.
 
     Backends:
-        native: CUDA for bf16, products summed in fp32 and rounded once, after the scale; widths and strides in
-        multiples of 16 bytes; its gradients are those of the torch form. emulator: the same kernels on CPU tensors,
+        native: products summed in fp32 and rounded once, after the scale; its gradients are those of the torch form. On
+        the CPU fp32 and bf16, and a row's result does not depend on the others, to the bit; on CUDA bf16, widths and
+        strides in multiples of 16 bytes. emulator: the same kernels on CPU tensors,
         for tests. torch: grouped_mm for bf16, fp16 and fp32 where widths and strides are multiples of 16 bytes;
         elsewhere a loop over the experts, which on a GPU synchronises; the product is rounded before activation and
         scale.
@@ -321,9 +332,9 @@ def moe_mlp(
         x_TD: (T tokens, D width), fp64, fp32 or bf16 (the square overflows fp16 past 255).
         ids_TK: (T, K) int64 or int32, experts in 0..E-1 (checked on the CPU only).
         weights_TK: (T, K), any floating dtype.
-        up_EFD: (E experts, F expert width, D), dtype of x.
-        down_EDF: (E, D, F), dtype of x.
-        backend: "torch" or "reference"; None chooses.
+        up_EFD: (E experts, F expert width, D), dtype of x; or fp32 under bf16 x, rounded to bf16 at its use.
+        down_EDF: (E, D, F), dtype of up.
+        backend: "native", "torch" or "reference"; None chooses.
 
     Returns:
         y_TD: (T, D) in the dtype of x. An expert that no token chose is not read.
@@ -337,6 +348,8 @@ def moe_mlp(
         the weights and the pre-activation (T*K, F), and makes the rest again.
 
     Backends:
+        native: C++ on the CPU, fp32 and bf16, summed in fp32; a token's result does not depend on the others, to the
+        bit, and none on the number of threads; the gradients of fp32 weights under bf16 are not rounded to bf16.
         torch: the products as in grouped_gemm, deterministic.
 
     Source:
@@ -346,10 +359,11 @@ def moe_mlp(
     floats = (torch.float64, torch.float32, torch.bfloat16)
     check.tensor(op, "x_TD", x_TD, None, None, dtypes=floats)
     tokens, width = x_TD.shape
-    check.tensor(op, "up_EFD", up_EFD, None, None, width, dtypes=(x_TD.dtype,))
+    stored = (torch.bfloat16, torch.float32) if x_TD.dtype == torch.bfloat16 else (x_TD.dtype,)
+    check.tensor(op, "up_EFD", up_EFD, None, None, width, dtypes=stored)
     experts, expert_width, _ = up_EFD.shape
     _check_widths(op, "up_EFD", up_EFD)
-    check.tensor(op, "down_EDF", down_EDF, experts, width, expert_width, dtypes=(x_TD.dtype,))
+    check.tensor(op, "down_EDF", down_EDF, experts, width, expert_width, dtypes=(up_EFD.dtype,))
     if experts == 0:
         check.refuse(op, "up_EFD", "have at least one expert", check.describe(up_EFD))
     _check_ids(op, ids_TK, tokens, experts)

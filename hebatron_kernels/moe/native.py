@@ -1,12 +1,14 @@
-"""grouped_gemm in CUDA (csrc/cuda/grouped_gemm.cu): forward, bf16. The other expert operators have no kernel yet.
+"""The expert layer in C++ (csrc/cpu/moe.cpp, moe_route.cpp: forward and backward, fp32 and bf16) and the forward of
+grouped_gemm in C++ (csrc/cpu/gemm.cpp, fp32 and bf16) and CUDA (csrc/cuda/grouped_gemm.cu, bf16).
 
-N rows, R rows of a, E experts, K summed over, M outputs.
+moe_mlp: T tokens, K experts chosen by each, E experts, D width, F expert width. grouped_gemm: N rows, R rows of a, E
+experts, K summed over, M outputs.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +48,9 @@ def supports_grouped_gemm(
     implementation: str | None,
 ) -> str | None:
     if not _native.on_cuda(a_RK):
-        return "no CPU kernel is written for this operator yet"
+        if implementation is not None:
+            return f"has no implementation {implementation} on the CPU, only the CUDA kernels have several"
+        return _native.refusal(a_RK, _stored(b_EKM))
     if a_RK.dtype != torch.bfloat16:
         return f"computes bfloat16, got {str(a_RK.dtype).removeprefix('torch.')}"
     stored = _stored(b_EKM)
@@ -120,6 +124,8 @@ def grouped_gemm(
         experts=experts,
         n=outputs,
         k=inner,
+        workers=torch.get_num_threads(),
+        dtype=_native.dtype_name(a_RK),
         relu2=int(activation == "relu2"),
         a=a_RK,
         a_stride=_step(a_RK),
@@ -136,3 +142,152 @@ def grouped_gemm(
         tile_n=tile_n,
     )
     return out_NM
+
+
+def supports_moe_route(logits_TE: Tensor, bias_E: Tensor, *others: object) -> str | None:
+    if _native.on_cuda(logits_TE):
+        return "no CUDA kernel is written for this operator"
+    return _native.refusal(logits_TE)
+
+
+def moe_route(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, experts = logits_TE.shape
+    weights_TK = torch.empty(tokens, top_k, dtype=torch.float32)
+    ids_TK = torch.empty(tokens, top_k, dtype=torch.int64)
+    counts_E = torch.empty(experts, dtype=torch.int64)
+    numbers = _route_numbers(logits_TE, bias_E, top_k, n_group, topk_group, normalize, scale)
+    _native.call("moe_route_fwd", **numbers, weights=weights_TK, ids=ids_TK, counts=counts_E)
+    return weights_TK, ids_TK, counts_E
+
+
+def moe_route_bwd(grads: list[Tensor], logits_TE: Tensor, bias_E: Tensor, *others: Any) -> list[Tensor]:
+    grad_logits_TE = torch.empty(logits_TE.shape, dtype=logits_TE.dtype)
+    _native.call(
+        "moe_route_bwd",
+        **_route_numbers(logits_TE, bias_E, *others),
+        grad_weights=grads[0],
+        grad_logits=grad_logits_TE,
+    )
+    return [grad_logits_TE, torch.zeros(bias_E.shape, dtype=bias_E.dtype)]
+
+
+def _route_numbers(
+    logits_TE: Tensor,
+    bias_E: Tensor,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    normalize: bool,
+    scale: float,
+) -> dict[str, Any]:
+    return {
+        "tokens": logits_TE.shape[0],
+        "experts": logits_TE.shape[1],
+        "top_k": top_k,
+        "groups": n_group,
+        "kept_groups": topk_group,
+        "workers": torch.get_num_threads(),
+        "normalize": int(normalize),
+        "scale": scale,
+        "dtype": _native.dtype_name(logits_TE),
+        "logits": logits_TE,
+        "logits_stride": logits_TE.stride(0),
+        "bias": bias_E.float().contiguous(),
+    }
+
+
+def supports_moe_mlp(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor
+) -> str | None:
+    if _native.on_cuda(x_TD):
+        return "no CUDA kernel is written for this operator"
+    return _native.refusal(x_TD, up_EFD, down_EDF)
+
+
+def moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    return _forward(x_TD, ids_TK, weights_TK, up_EFD, down_EDF, None)
+
+
+def moe_mlp_keep(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y and the pre-activation of the sorted rows (T*K, F)."""
+    hidden_NF = x_TD.new_empty(ids_TK.numel(), up_EFD.shape[1])
+    return _forward(x_TD, ids_TK, weights_TK, up_EFD, down_EDF, hidden_NF), hidden_NF
+
+
+def moe_mlp_keep_bwd(
+    grads: list[Tensor],
+    kept: list[Tensor],
+    wanted: list[bool],
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+) -> list[Tensor]:
+    numbers = _mlp_numbers(x_TD, ids_TK, weights_TK, up_EFD, down_EDF)
+    given = [x_TD, weights_TK, up_EFD, down_EDF]
+    found = [torch.empty(a.shape if want else (0,), dtype=a.dtype) for a, want in zip(given, wanted)]
+    grad_weights_TK = torch.empty(weights_TK.shape, dtype=torch.float32)
+    _native.call(
+        "moe_mlp_bwd",
+        **numbers,
+        hidden=kept[0],
+        grad_y=grads[0],
+        grad_x=found[0] if wanted[0] else None,
+        grad_weights=grad_weights_TK,
+        grad_up=found[2] if wanted[2] else None,
+        grad_down=found[3] if wanted[3] else None,
+    )
+    if wanted[1]:
+        found[1] = grad_weights_TK.to(weights_TK.dtype)
+    return found
+
+
+def _forward(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    hidden_NF: Tensor | None,
+) -> Tensor:
+    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    numbers = _mlp_numbers(x_TD, ids_TK, weights_TK, up_EFD, down_EDF)
+    _native.call("moe_mlp_fwd", **numbers, hidden=hidden_NF, y=y_TD)
+    return y_TD
+
+
+def _mlp_numbers(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor
+) -> dict[str, Any]:
+    experts, expert_width, width = up_EFD.shape
+    return {
+        "tokens": x_TD.shape[0],
+        "top_k": ids_TK.shape[1],
+        "experts": experts,
+        "width": width,
+        "expert_width": expert_width,
+        "workers": torch.get_num_threads(),
+        "dtype": _native.dtype_name(x_TD),
+        "weight_dtype": _native.dtype_name(up_EFD),
+        "x": x_TD,
+        "x_stride": x_TD.stride(0),
+        "ids": ids_TK.long().contiguous(),
+        "weights": weights_TK.float().contiguous(),
+        "up": up_EFD,
+        "up_expert_stride": up_EFD.stride(0),
+        "up_stride": up_EFD.stride(1),
+        "down": down_EDF,
+        "down_expert_stride": down_EDF.stride(0),
+        "down_stride": down_EDF.stride(1),
+    }

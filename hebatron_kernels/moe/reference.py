@@ -111,6 +111,7 @@ def moe_combine(rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor, num_tokens
 
 
 def moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    up_EFD, down_EDF = up_EFD.to(x_TD.dtype), down_EDF.to(x_TD.dtype)  # fp32 weights are rounded at their use
     outputs = []
     for t, chosen in enumerate(ids_TK.tolist()):
         y_D = torch.zeros(x_TD.shape[1], dtype=torch.float64, device=x_TD.device)

@@ -95,7 +95,7 @@ def moe_combine(rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor, num_tokens
 
 
 def moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    return _MoeMlp.apply(x_TD, ids_TK, weights_TK, up_EFD, down_EDF)
+    return _MoeMlp.apply(x_TD, ids_TK, weights_TK, up_EFD.to(x_TD.dtype), down_EDF.to(x_TD.dtype))
 
 
 def _count(ids_N: Tensor, experts: int, dtype: torch.dtype) -> Tensor:

@@ -41,6 +41,13 @@ def slots(tokens, experts, top_k, dtype=torch.float64):
     return ids.contiguous(), torch.rand(tokens, top_k, dtype=dtype) + 0.1
 
 
+def mlp(tokens, experts, top_k, width, expert_width, dtype=torch.float64):
+    ids, weights = slots(tokens, experts, top_k, dtype)
+    up = torch.randn(experts, expert_width, width, dtype=dtype) / width**0.5
+    down = torch.randn(experts, width, expert_width, dtype=dtype) / expert_width**0.5
+    return [torch.randn(tokens, width, dtype=dtype), ids, weights, up, down]
+
+
 def groups(experts, width, outputs, offsets, rows, dtype=torch.float64):
     """a, the weights stored (experts, outputs, width), the ends."""
     a = torch.randn(rows, width, dtype=dtype)

@@ -302,7 +302,7 @@ def test_emulated_operators_register_and_compile_to_one_graph(op):
 def test_the_emulator_is_explained_and_never_chosen():
     a, b, ends, *_ = whole_args()
     text = hk.explain(hk.grouped_gemm, a, b, ends)
-    assert text.startswith("grouped_gemm: torch") and "   emulator  supported, only by name" in text
+    assert text.startswith("grouped_gemm: native") and "   emulator  supported, only by name" in text
     assert "-> emulator" in hk.explain(hk.grouped_gemm, a, b, ends, backend="emulator")
     assert "emulator  computes bfloat16, got float32" in hk.explain(
         hk.grouped_gemm, a.float(), b.float(), ends

@@ -1,9 +1,11 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from moe_cases import BACKENDS, DTYPES, FORMS, check_against, groups, with_form
 
 import hebatron_kernels as hk
-from hebatron_kernels import testing
+from hebatron_kernels import _native, testing
 
 # experts, width, outputs, offsets, rows: ragged; empty first, middle and last; all to one; none at all; rows past
 # the end; widths that are not multiples of 16 bytes; one expert
@@ -67,7 +69,7 @@ def test_grouped_gemm_sums_the_gradient_of_a_row_used_often_in_fp32():
     assert a.grad.tolist() == [[0.0] * 8, [2048.0] * 8, [0.0] * 8]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "native"])
 @pytest.mark.parametrize(("form", "rows"), [(FORMS[1], 0), (FORMS[4], 0), (FORMS[4], 4)])
 def test_grouped_gemm_of_no_rows(backend, form, rows):
     """Nothing of a is used, and nothing of b."""
@@ -77,9 +79,68 @@ def test_grouped_gemm_of_no_rows(backend, form, rows):
     assert all(value.eq(0).all() for value in found.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_grouped_gemm_never_reads_past_the_end(backend, dtype):
+# the native form with the ISA it is given; fp64 it refuses
+NATIVE = [("native", isa, dtype) for isa in testing.isas() for dtype in DTYPES[1:]]
+EVERY = [(backend, None, dtype) for backend in BACKENDS for dtype in DTYPES] + NATIVE
+
+
+def isa_of(isa):
+    return testing.use_isa(isa) if isa else nullcontext()
+
+
+@pytest.mark.parametrize(("backend", "isa", "dtype"), NATIVE)
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[4]])
+@pytest.mark.parametrize("stored", ["outputs last", "width last"])
+@pytest.mark.parametrize(("experts", "width", "outputs", "offsets", "rows"), GROUPS)
+def test_grouped_gemm_native_matches_oracle(
+    backend, isa, dtype, stored, form, experts, width, outputs, offsets, rows
+):
+    args = with_form(groups(experts, width, outputs, offsets, rows), form)
+    if stored == "outputs last":
+        args[1] = args[1].contiguous()
+    with isa_of(isa):
+        testing.check_oracle(hk.grouped_gemm, args, dtype, backend, grad=False)
+
+
+@pytest.mark.parametrize(("backend", "isa", "dtype"), NATIVE)
+def test_grouped_gemm_native_of_a_row_does_not_depend_on_the_others_to_the_bit(backend, isa, dtype):
+    a, b, ends = groups(2, 1100, 70, [400, 404], 404, dtype)
+    with isa_of(isa):
+        whole = hk.grouped_gemm(a, b.transpose(1, 2), ends, backend=backend)
+        for count in (1, 2, 7, 64):
+            some = hk.grouped_gemm(a[:count], b.transpose(1, 2), ends.clamp(max=count), backend=backend)
+            assert torch.equal(some, whole[:count])
+
+
+def test_grouped_gemm_native_checks_its_numbers():
+    a, b, ends = groups(2, 8, 4, [2, 5], 5, torch.float32)
+    good = dict(
+        rows=5, a_rows=5, experts=2, n=4, k=8, workers=1, dtype="float32", relu2=0, a=a, a_stride=8,
+        rows_of_a=None, b=b, b_expert_stride=32, b_stride=8, b_k_major=1, offsets=ends, scale=None,
+        out=torch.empty(5, 4), implementation=0, tile_m=0, tile_n=0,
+    )  # fmt: skip
+    for wrong, message in [
+        (dict(rows=-1), "rows must be >= 0, got -1"),
+        (dict(rows=4), "offsets must rise from 0 to the rows, got 5"),
+        (dict(offsets=torch.tensor([3, 2]).int()), "offsets must rise from 0 to the rows, got 2"),
+        (dict(rows_of_a=torch.full((5,), 5).int()), "rows must be rows of a, got 5"),
+        (dict(experts=0), "experts must be > 0, got 0"),
+        (dict(n=0), "n must be > 0, got 0"),
+        (dict(k=0), "k must be > 0, got 0"),
+        (dict(workers=0), "workers must be > 0, got 0"),
+        (dict(implementation=1), "implementation must be 0 on the CPU, got 1"),
+    ]:
+        with pytest.raises(ValueError, match=f"^grouped_gemm: {message}"):
+            _native.call("grouped_gemm_fwd", **{**good, **wrong})
+
+
+@pytest.mark.parametrize(("backend", "isa", "dtype"), EVERY)
+def test_grouped_gemm_never_reads_past_the_end(backend, isa, dtype):
+    with isa_of(isa):
+        never_reads_past_the_end(backend, dtype)
+
+
+def never_reads_past_the_end(backend, dtype):
     a, b, ends = groups(3, 16, 8, [2, 2, 5], 9, dtype)
     a[5:], b[1] = torch.nan, torch.nan
     a.requires_grad_(), b.requires_grad_()
@@ -92,9 +153,13 @@ def test_grouped_gemm_never_reads_past_the_end(backend, dtype):
     assert b.grad.isfinite().all() and b.grad[1].eq(0).all() and b.grad[0].ne(0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_grouped_gemm_uses_no_scale_past_the_end(backend, dtype):
+@pytest.mark.parametrize(("backend", "isa", "dtype"), EVERY)
+def test_grouped_gemm_uses_no_scale_past_the_end(backend, isa, dtype):
+    with isa_of(isa):
+        uses_no_scale_past_the_end(backend, dtype)
+
+
+def uses_no_scale_past_the_end(backend, dtype):
     a, b, ends, rows, scale, activation = with_form(groups(3, 16, 8, [2, 2, 5], 9, dtype), FORMS[4], dtype)
     scale[5:] = torch.nan
     a.requires_grad_(), b.requires_grad_(), scale.requires_grad_()
@@ -107,7 +172,7 @@ def test_grouped_gemm_uses_no_scale_past_the_end(backend, dtype):
     assert scale.grad[:5].isfinite().all() and scale.grad[5:].eq(0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "native"])
 def test_grouped_gemm_keeps_nan_to_its_row(backend):
     a, b, ends, *_ = with_form(groups(3, 16, 8, [2, 2, 5], 5, torch.float32), FORMS[0], torch.float32)
     a[3, 7] = torch.nan
@@ -135,7 +200,7 @@ def test_grouped_gemm_takes_any_strides_and_an_expanded_gradient(dtype):
     hk.grouped_gemm(a, stored.transpose(1, 2), ends).sum().backward()
     torch.testing.assert_close(a.grad[0], stored[0].sum(0).detach())
     view = stored.detach().transpose(1, 2).requires_grad_()
-    (grad,) = torch.autograd.grad(hk.grouped_gemm(a, view, ends).sum(), view)
+    (grad,) = torch.autograd.grad(hk.grouped_gemm(a, view, ends, backend="torch").sum(), view)
     assert grad.stride() == view.stride()  # no copy on its way to the stored weights
 
 
@@ -145,7 +210,7 @@ def calls(dtype, width=16):
     return {"plain": plain_form, "whole": whole}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "native"])
 @pytest.mark.parametrize("name", ["plain", "whole"])
 def test_grouped_gemm_registration(name, backend):
     testing.check_registration("grouped_gemm", *calls(torch.float32)[name], None, backend=backend)
@@ -158,8 +223,9 @@ def test_grouped_gemm_compiles_to_one_graph(name, dtype, width):
 
 
 @pytest.mark.parametrize("name", ["plain", "whole"])
-def test_grouped_gemm_reference_compiles_to_one_graph(name):
-    testing.check_fullgraph(hk.grouped_gemm, calls(torch.float32)[name], "reference")
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_grouped_gemm_opaque_forms_compile_to_one_graph(name, backend):
+    testing.check_fullgraph(hk.grouped_gemm, calls(torch.float32)[name], backend)
 
 
 def test_grouped_gemm_products_of_the_torch_form_are_registered():
@@ -174,12 +240,12 @@ def test_grouped_gemm_products_of_the_torch_form_are_registered():
 def test_grouped_gemm_explains_its_choice():
     a, b, ends, *_ = calls(torch.bfloat16)["plain"]
     text = hk.explain(hk.grouped_gemm, a, b, ends)
-    assert text.startswith("grouped_gemm: torch")
-    assert "native    no CPU kernel is written for this operator yet" in text
-    with pytest.raises(hk.BackendError, match=r"grouped_gemm\[native\]: no CPU kernel is written"):
-        hk.grouped_gemm(a, b, ends, backend="native")
-    for backend in BACKENDS:
-        with pytest.raises(hk.BackendError, match=rf"{backend}\]: has no implementation sm90a:128x208, only"):
+    assert text.startswith("grouped_gemm: native")
+    assert hk.explain(hk.grouped_gemm, a.half(), b.half(), ends).startswith("grouped_gemm: torch")
+    for backend in [*BACKENDS, "native"]:
+        with pytest.raises(
+            hk.BackendError, match=rf"{backend}\]: has no implementation sm90a:128x208.* only"
+        ):
             hk.grouped_gemm(a, b, ends, implementation="sm90a:128x208", backend=backend)
     with pytest.raises(hk.BackendError, match="no automatic backend serves these arguments; see explain"):
         hk.grouped_gemm(a, b, ends, implementation="sm80")

@@ -5,6 +5,8 @@ from moe_cases import BACKENDS, check_against, routing
 import hebatron_kernels as hk
 from hebatron_kernels import testing
 
+EVERY = [*BACKENDS, "native"]
+
 # tokens, experts, top_k, n_group, topk_group: the small training shape, the model's, one token, one expert, every
 # expert chosen, no tokens, and groups: two kept of four, one kept of two, all kept, the smallest possible
 ROUTES = [
@@ -57,7 +59,7 @@ def test_moe_route_sums_to_the_scale_and_counts_every_choice():
     torch.testing.assert_close(plain, logits.sigmoid().gather(1, ids))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_moe_route_gives_ties_to_the_lowest_index(backend):
     for value in torch.randn(
         60
@@ -70,7 +72,7 @@ def test_moe_route_gives_ties_to_the_lowest_index(backend):
     assert groups[1].tolist() == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_moe_route_of_scores_that_are_all_zero_has_zero_weights(backend):
     logits = torch.full((2, 6), -200.0, requires_grad=True)
     weights, ids, _ = hk.moe_route(logits, torch.zeros(6), 3, backend=backend)
@@ -79,7 +81,7 @@ def test_moe_route_of_scores_that_are_all_zero_has_zero_weights(backend):
     assert logits.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_moe_route_keeps_the_best_groups_only(backend):
     # sums of the best two: 0.9 + 0.1, 0.6 + 0.6, 0.7 + 0.2; the single best expert sits in a group that is dropped
     scores = torch.tensor([[0.9, 0.1, 0.6, 0.6, 0.7, 0.2]])
@@ -91,7 +93,7 @@ def test_moe_route_keeps_the_best_groups_only(backend):
     ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 def test_moe_route_uses_the_bias_for_the_choice_only(backend):
     logits, _ = routing(6, 8, torch.float32)
     bias = torch.zeros(8)
@@ -105,7 +107,7 @@ def test_moe_route_uses_the_bias_for_the_choice_only(backend):
     assert set(hk.moe_route(logits, only, 4, 2, 1, backend=backend)[1][0].tolist()) == {4, 5, 6, 7}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY)
 @pytest.mark.parametrize("groups", [(1, 1), (4, 2)])
 def test_moe_route_keeps_nan_to_its_token_and_ids_in_range(backend, groups):
     logits, bias = routing(5, 12, torch.float32)
