@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if arguments.debug or not _is_expected(error):
             raise
-        from hebatron.metrics import printable_name
+        from .training.metrics import printable_name
 
         print(f"hebatron: {printable_name(_one_line(error))}", file=sys.stderr)
         return 2

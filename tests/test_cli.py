@@ -119,7 +119,7 @@ def test_prepare_with_a_new_tokenizer_leaves_all_or_nothing_and_can_be_repeated(
         assert "out must be a new folder or an earlier corpus" in failure(capsys, *argv)
     (corpus / "thesis.txt").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("hebatron.data.prepare", lambda *_, **__: 1 / 0)
+        patch.setattr("hebatron.data.prepare.prepare", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             cli.main(argv)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", corpus_file.name]
@@ -165,8 +165,8 @@ tokens_per_microbatch = 64
 def test_a_run_can_be_moved_and_used_without_its_inputs(
     corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hebatron.runconfig import load_run_config
-    from hebatron.train import train
+    from hebatron.training.runconfig import load_run_config
+    from hebatron.training.train import train
 
     monkeypatch.chdir(tmp_path)
     argv = ["data", "prepare", corpus_file.name, "--out", "corpus", "--vocab-size", "300"]
@@ -181,7 +181,9 @@ def test_a_run_can_be_moved_and_used_without_its_inputs(
     monkeypatch.chdir(tmp_path / "elsewhere")
     capsys.readouterr()
     generate = ["generate", "moved", HEBREW, "--max-new-tokens", "2"]
-    monkeypatch.setattr("hebatron.optim.build_optimizer", lambda *_: pytest.fail("an optimizer to generate"))
+    monkeypatch.setattr(
+        "hebatron.training.optim.build_optimizer", lambda *_: pytest.fail("an optimizer to generate")
+    )
     assert cli.main(generate) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(HEBREW) and captured.err == ""
@@ -226,10 +228,10 @@ def test_missing_paths_are_named(
 
 
 def test_train_hands_the_overrides_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hebatron.train
+    import hebatron.training.train
 
     seen: list[Any] = []
-    monkeypatch.setattr(hebatron.train, "train", lambda config, force: seen.append((config, force)))
+    monkeypatch.setattr(hebatron.training.train, "train", lambda config, force: seen.append((config, force)))
     (tmp_path / "run.toml").write_text(
         """
         [model]

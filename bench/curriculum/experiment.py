@@ -19,11 +19,12 @@ from pathlib import Path
 
 import zstandard
 
-from hebatron.corpus import Corpus
-from hebatron.curriculum import Phase
-from hebatron.data import prepare
-from hebatron.documents import read_texts
-from hebatron.runconfig import (
+from hebatron.curriculum.build import Phase
+from hebatron.data.corpus import Corpus
+from hebatron.data.documents import read_texts
+from hebatron.data.prepare import prepare
+from hebatron.tokenizer import load_tokenizer, train_bpe
+from hebatron.training.sections import (
     CorpusConfig,
     DataConfig,
     ModelSection,
@@ -32,8 +33,7 @@ from hebatron.runconfig import (
     ScheduleConfig,
     TrainingConfig,
 )
-from hebatron.tokenizer import load_tokenizer, train_bpe
-from hebatron.train import train
+from hebatron.training.train import train
 
 PHASES = ("easy", "middle", "hard")
 ARMS = {  # order and anchor share

@@ -20,11 +20,11 @@ from typing import Any
 
 from experiment import PHASES, Size, held_out
 
-from hebatron.corpus import Corpus
-from hebatron.difficulty import document_text
-from hebatron.evaluate import bits_per_byte
+from hebatron.data.corpus import Corpus
+from hebatron.data.difficulty import document_text
+from hebatron.evaluation.evaluate import bits_per_byte
+from hebatron.evaluation.scoring import Item, multiple_choice
 from hebatron.model import Hebatron
-from hebatron.scoring import Item, multiple_choice
 from hebatron.tokenizer import Tokenizer, load_tokenizer
 
 CONTEXT_WORDS, CHOICE_WORDS, CHOICES = 32, 8, 4

@@ -1,6 +1,6 @@
 """The quickstart's chats: Hebrew questions and answers, and short translations both ways, from installed packages.
 
-Four tasks of two turns each, in the shape `hebatron.chats` reads:
+Four tasks of two turns each, in the shape `hebatron.chat.chats` reads:
 
     exercises        Hebrew   generated arithmetic, bare and in stories (exercises.py)
     translate_en_he  both     interface strings of JupyterLab and Django

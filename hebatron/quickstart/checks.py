@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hebatron.checkpoint import MODEL, OPTIMIZER, checkpoints
 from hebatron.hub import export_hf
-from hebatron.metrics import Record, Reporter, read_metrics, without_time
 from hebatron.model import Hebatron
 from hebatron.presets import quickstart_dense
 from hebatron.quickstart.findings import ChatCheck, ExportCheck, ResumeCheck, Sample, SpeedCheck
 from hebatron.quickstart.settings import Settings, resume_config
-from hebatron.run import open_run
-from hebatron.runconfig import RunConfig
 from hebatron.sizes import count_parameters
-from hebatron.train import evaluate_chats, evaluate_held_out, sample, train
+from hebatron.training.checkpoint import MODEL, OPTIMIZER, checkpoints
+from hebatron.training.metrics import Record, Reporter, read_metrics, without_time
+from hebatron.training.run import open_run
+from hebatron.training.sections import RunConfig
+from hebatron.training.train import evaluate_chats, evaluate_held_out, sample, train
 
 GREEDY_TOKENS = 24
 

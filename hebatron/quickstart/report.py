@@ -1,4 +1,4 @@
-"""The quickstart's report: its run's page (hebatron.report) with what the other stages found.
+"""The quickstart's report: its run's page (hebatron.report.page) with what the other stages found.
 
 `render(findings)` reads the run folder that the findings name and returns the page's text.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from html import escape
 
-from hebatron import html
-from hebatron import report as run_report
-from hebatron.history import load_history
-from hebatron.html import yes_no
 from hebatron.quickstart.findings import ChatCheck, ExportCheck, Findings, ResumeCheck, SpeedCheck
+from hebatron.report import html
+from hebatron.report import page as run_report
+from hebatron.report.history import load_history
+from hebatron.report.html import yes_no
 
 SECTIONS = (
     "Stop and resume",

@@ -18,13 +18,10 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from hebatron.corpus import Corpus
-from hebatron.curriculum import build_plan
-from hebatron.data import prepare
+from hebatron.curriculum.build import build_plan
+from hebatron.data.corpus import Corpus
+from hebatron.data.prepare import prepare
 from hebatron.doctor import examine
-from hebatron.figures import plot
-from hebatron.history import LANGUAGE_NAMES
-from hebatron.metrics import LiveReporter, PlainReporter, Record, Reporter, read_metrics
 from hebatron.model import Hebatron
 from hebatron.quickstart import chats
 from hebatron.quickstart import corpus as texts
@@ -40,12 +37,16 @@ from hebatron.quickstart.findings import (
 )
 from hebatron.quickstart.report import render
 from hebatron.quickstart.settings import BASE, Settings, chat_config, run_config
-from hebatron.report import write_page
-from hebatron.run import open_model
-from hebatron.runconfig import RunConfig, curriculum
+from hebatron.report.figures import plot
+from hebatron.report.history import LANGUAGE_NAMES
+from hebatron.report.page import write_page
 from hebatron.sizes import describe
 from hebatron.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from hebatron.train import train
+from hebatron.training.metrics import LiveReporter, PlainReporter, Record, Reporter, read_metrics
+from hebatron.training.run import open_model
+from hebatron.training.runconfig import curriculum
+from hebatron.training.sections import RunConfig
+from hebatron.training.train import train
 
 STAMP = "quickstart.json"  # marks a folder as ours and says what is in it
 DEFAULT_OUT = Path("runs/quickstart")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hebatron.curriculum import Phase
-from hebatron.runconfig import (
+from hebatron.curriculum.build import Phase
+from hebatron.training.sections import (
     CorpusConfig,
     DataConfig,
     ModelSection,

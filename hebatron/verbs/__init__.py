@@ -40,10 +40,10 @@ def seed(text: str) -> int:
 
 def open_model(path: Path) -> tuple[Hebatron, Tokenizer, Path]:
     """Model, tokenizer and the tokenizer's folder of a model folder or of a run: final/ or its newest checkpoint."""
-    from hebatron.metrics import printable
     from hebatron.model import Hebatron
-    from hebatron.run import open_trained, pick_device
     from hebatron.tokenizer import load_tokenizer
+    from hebatron.training.metrics import printable
+    from hebatron.training.run import open_trained, pick_device
 
     if (path / "checkpoints").is_dir() and not (path / "final").is_dir():
         model, tokenizer_folder, notices = open_trained(path)

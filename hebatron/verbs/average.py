@@ -14,7 +14,7 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.average import average_checkpoints
+    from hebatron.training.average import average_checkpoints
 
     print(average_checkpoints(arguments.run_dir, arguments.last))
     return 0

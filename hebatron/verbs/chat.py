@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from hebatron.verbs import Arguments, VerbGroup, add_verb, open_model, seed
 
 if TYPE_CHECKING:
-    from hebatron.chat import Conversation
+    from hebatron.chat.conversation import Conversation
 
 HELP = "/reset forgets what was said, /exit or end of input leaves, Ctrl-C stops an answer"
 
@@ -29,8 +29,8 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.chat import Conversation
-    from hebatron.chat_template import open_template
+    from hebatron.chat.conversation import Conversation
+    from hebatron.chat.template import open_template
 
     model, tokenizer, _ = open_model(arguments.model)
     conversation = Conversation(
@@ -74,7 +74,7 @@ def run(arguments: Arguments) -> int:
 
 def answer(conversation: Conversation, text: str, person: bool) -> None:
     """Print the answer to one line as it comes."""
-    from hebatron.metrics import printable, printable_name
+    from hebatron.training.metrics import printable, printable_name
 
     if person:
         print("model:")

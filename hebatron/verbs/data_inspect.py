@@ -24,8 +24,8 @@ def register(group: VerbGroup) -> None:
 def run(arguments: Arguments) -> int:
     import json
 
-    from hebatron.corpus import Corpus
-    from hebatron.inspection import inspect_corpus, lines
+    from hebatron.data.corpus import Corpus
+    from hebatron.data.inspection import inspect_corpus, lines
     from hebatron.tokenizer import load_tokenizer
 
     if arguments.samples < 0:

@@ -54,9 +54,9 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.data import check_out, prepare, read_texts
-    from hebatron.metrics import printable_name
+    from hebatron.data.prepare import check_out, prepare, read_texts
     from hebatron.tokenizer import load_tokenizer, train_bpe
+    from hebatron.training.metrics import printable_name
 
     names = (
         "source",

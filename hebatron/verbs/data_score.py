@@ -30,8 +30,8 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.corpus import Corpus, write_scores
-    from hebatron.difficulty import METHOD, measure, score_weights, split_phases
+    from hebatron.data.corpus import Corpus, write_scores
+    from hebatron.data.difficulty import METHOD, measure, score_weights, split_phases
     from hebatron.tokenizer import load_tokenizer
 
     if arguments.phases < 1:
@@ -61,7 +61,7 @@ def run(arguments: Arguments) -> int:
             f"phase {phase + 1}: {inside.sum():,} documents {corpus.lengths[inside].sum():,} tokens  {means}"
         )
     if arguments.plot is not None:
-        from hebatron.difficulty_figure import plot_difficulty
+        from hebatron.data.difficulty_figure import plot_difficulty
 
         print(plot_difficulty(Corpus.open(arguments.corpus, verify=False), arguments.plot, arguments.phases))
     return 0

@@ -24,7 +24,7 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.corpus_parts import split_corpus
+    from hebatron.data.corpus_parts import split_corpus
 
     if arguments.parts < 1:
         raise ValueError(f"data split: --parts must be at least 1, got {arguments.parts}")

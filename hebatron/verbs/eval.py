@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from hebatron.verbs import Arguments, VerbGroup, add_verb, open_model, seed
 
 if TYPE_CHECKING:
-    from hebatron.benchmark import TaskResult
+    from hebatron.evaluation.benchmark import TaskResult
+    from hebatron.evaluation.scoring import Estimate
+    from hebatron.evaluation.tasks import TaskFile
     from hebatron.model import Hebatron
-    from hebatron.scoring import Estimate
-    from hebatron.tasks import TaskFile
     from hebatron.tokenizer import Tokenizer
 
 
@@ -43,15 +43,15 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
+    from hebatron.evaluation.tasks import find_tasks
     from hebatron.files import replace_text
-    from hebatron.tasks import find_tasks
 
     if not (arguments.corpora or arguments.tasks or arguments.lm_eval):
         raise ValueError("eval: a CORPUS, --tasks or --lm-eval must be given, got none")
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise ValueError(f"eval: --out must be in a folder that exists, got {arguments.out}")
     if arguments.lm_eval:
-        from hebatron import lm_eval_model as lm_eval_model  # says now if lm_eval is missing
+        from hebatron.evaluation import lm_eval_model as lm_eval_model  # says now if lm_eval is missing
     files = find_tasks(arguments.tasks, arguments.task)
     model, tokenizer, _ = open_model(arguments.model)
     found: dict[str, Any] = {"model": str(arguments.model)}
@@ -67,9 +67,9 @@ def run(arguments: Arguments) -> int:
 
 
 def _corpora(arguments: Arguments, model: Hebatron, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
-    from hebatron.data import Corpus
-    from hebatron.evaluate import bits_per_byte
-    from hebatron.metrics import printable_name
+    from hebatron.data.prepare import Corpus
+    from hebatron.evaluation.evaluate import bits_per_byte
+    from hebatron.training.metrics import printable_name
 
     found = {}
     for folder in arguments.corpora:
@@ -83,8 +83,8 @@ def _corpora(arguments: Arguments, model: Hebatron, tokenizer: Tokenizer) -> dic
 def _tasks(
     arguments: Arguments, model: Hebatron, tokenizer: Tokenizer, files: list[TaskFile]
 ) -> dict[str, Any]:
-    from hebatron.benchmark import mean_of, run_task
-    from hebatron.chat_template import open_template
+    from hebatron.chat.template import open_template
+    from hebatron.evaluation.benchmark import mean_of, run_task
     from hebatron.files import file_sha256
 
     chat = arguments.chat or arguments.template is not None
@@ -109,7 +109,7 @@ def _tasks(
 
 
 def _lm_eval(arguments: Arguments, model: Hebatron, tokenizer: Tokenizer) -> dict[str, Any]:
-    from hebatron import lm_eval_model
+    from hebatron.evaluation import lm_eval_model
 
     table, results = lm_eval_model.evaluate(
         model,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from hebatron.verbs import Arguments, VerbGroup, add_verb
 
 if TYPE_CHECKING:
-    from hebatron.chat_data import ChatData
-    from hebatron.plan import Plan
-    from hebatron.runconfig import RunConfig
+    from hebatron.chat.chat_data import ChatData
+    from hebatron.curriculum.plan import Plan
+    from hebatron.training.sections import RunConfig
 
 
 def register(group: VerbGroup) -> None:
@@ -22,9 +22,9 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.metrics import printable_name
-    from hebatron.run import open_plan, open_run_chats
-    from hebatron.runconfig import load_run_config
+    from hebatron.training.metrics import printable_name
+    from hebatron.training.run import open_plan, open_run_chats
+    from hebatron.training.runconfig import load_run_config
 
     speed = arguments.tokens_per_s
     if speed is not None and not 0 < speed < float("inf"):
@@ -44,7 +44,7 @@ def measured_speed(run_dir: Path) -> float | None:
     """Median tokens per second of the run's steps so far, if there are any."""
     import statistics
 
-    from hebatron.metrics import METRICS, read_metrics
+    from hebatron.training.metrics import METRICS, read_metrics
 
     if not (run_dir / METRICS).is_file():
         return None
@@ -56,8 +56,8 @@ def describe(config: RunConfig, plan: Plan, tokens_per_s: float | None) -> list[
     """The lines that `hebatron plan` prints."""
     from collections import Counter
 
-    from hebatron.metrics import duration
-    from hebatron.optim import step_learning_rate
+    from hebatron.training.metrics import duration
+    from hebatron.training.optim import step_learning_rate
 
     def took(tokens: int) -> str:
         return "-" if tokens_per_s is None else duration(tokens / tokens_per_s)
@@ -100,8 +100,8 @@ def describe(config: RunConfig, plan: Plan, tokens_per_s: float | None) -> list[
 
 def describe_chats(config: RunConfig, chats: ChatData, tokens_per_s: float | None) -> list[str]:
     """The lines for a run over chats: the account of them, what the rows hold, steps, rates and time."""
-    from hebatron.metrics import duration
-    from hebatron.optim import step_learning_rate
+    from hebatron.training.metrics import duration
+    from hebatron.training.optim import step_learning_rate
 
     rows = chats.rows
     steps = rows.steps(config.training.tokens_per_batch)

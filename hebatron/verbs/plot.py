@@ -17,9 +17,9 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.comparison import compare, comparison_lines
-    from hebatron.figures import plot, plot_runs
-    from hebatron.history import load_histories
+    from hebatron.report.comparison import compare, comparison_lines
+    from hebatron.report.figures import plot, plot_runs
+    from hebatron.report.history import load_histories
 
     folders = arguments.run_folders
     if len(folders) == 1:

@@ -16,8 +16,8 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.comparison import write_comparison
-    from hebatron.report import write_report
+    from hebatron.report.comparison import write_comparison
+    from hebatron.report.page import write_report
 
     folders = arguments.run_folders
     if len(folders) == 1:

@@ -18,8 +18,8 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
-    from hebatron.runconfig import load_run_config
-    from hebatron.train import train
+    from hebatron.training.runconfig import load_run_config
+    from hebatron.training.train import train
 
     train(load_run_config(arguments.run_file, arguments.overrides), force=arguments.force)
     return 0

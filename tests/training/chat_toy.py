@@ -8,7 +8,8 @@ from typing import Any
 
 from toy import WORDS, toy_config, write_corpora
 
-from hebatron.runconfig import RunConfig, SftConfig, check_run_config
+from hebatron.training.runconfig import check_run_config
+from hebatron.training.sections import RunConfig, SftConfig
 
 ANSWERS = {"count": "שלוש מילים", "colour": "blue", "word": "ספר"}
 

@@ -5,12 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hebatron import checkpoint
-from hebatron.checkpoint import (
-    save_checkpoint,
-)
-from hebatron.optim import build_optimizer
-from hebatron.runconfig import OptimizerConfig
+from hebatron.training import checkpoint
+from hebatron.training.checkpoint import save_checkpoint
+from hebatron.training.optim import build_optimizer
+from hebatron.training.sections import OptimizerConfig
 
 
 class Toy(nn.Module):

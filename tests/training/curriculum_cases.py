@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from hebatron.curriculum import Curriculum, Phase, Plan
-from hebatron.data import Corpus, prepare
+from hebatron.curriculum.build import Curriculum, Phase, Plan
+from hebatron.data.prepare import Corpus, prepare
 from hebatron.tokenizer import Tokenizer
 
 SOURCES = {

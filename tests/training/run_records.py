@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from hebatron.metrics import METRICS, MetricsWriter
 from hebatron.router import router_load
+from hebatron.training.metrics import METRICS, MetricsWriter
 
 
 def step(number: int, phase: str = "base", skipped: bool = False) -> dict[str, Any]:

@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import checkpoint_bits, state_bits, toy_config, toy_train, write_corpora
 
-from hebatron import anchor_kl
-from hebatron.anchor_kl import AnchorTerm, kl_divergence, open_base, weights_hash
-from hebatron.curriculum import Phase
-from hebatron.metrics import read_metrics, without_time
+from hebatron.curriculum.build import Phase
 from hebatron.model import Hebatron
-from hebatron.run import Run, open_run
-from hebatron.runconfig import AnchorKLConfig, ModelSection, RunConfig, config_hash
-from hebatron.train import evaluate_held_out, train_step
+from hebatron.training import anchor_kl
+from hebatron.training.anchor_kl import AnchorTerm, kl_divergence, open_base, weights_hash
+from hebatron.training.metrics import read_metrics, without_time
+from hebatron.training.run import Run, open_run
+from hebatron.training.runconfig import config_hash
+from hebatron.training.sections import AnchorKLConfig, ModelSection, RunConfig
+from hebatron.training.train import evaluate_held_out, train_step
 
 # ---------------------------------------------------------------- the divergence
 

@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 
-from hebatron.answers import METRICS, chrf, exact_match, f1, number, number_match, plain
+from hebatron.evaluation.answers import METRICS, chrf, exact_match, f1, number, number_match, plain
 
 
 @pytest.mark.parametrize(

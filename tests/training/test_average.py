@@ -6,10 +6,10 @@ import pytest
 import torch
 from toy import toy_config, toy_train, write_corpora
 
-from hebatron.average import average_checkpoints
-from hebatron.checkpoint import CheckpointError, checkpoints, load_weights, model_tensors
 from hebatron.cli import main
 from hebatron.model import Hebatron
+from hebatron.training.average import average_checkpoints
+from hebatron.training.checkpoint import CheckpointError, checkpoints, load_weights, model_tensors
 
 
 @pytest.fixture

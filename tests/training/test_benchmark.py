@@ -9,13 +9,13 @@ from task_toy import make_model, make_tokenizer
 from test_tasks import write
 
 from hebatron import Hebatron, cli, presets
-from hebatron.answers import f1
-from hebatron.benchmark import Prompter, choose_shots, mean_of, run_task
-from hebatron.chat_template import NEMOTRON3, ChatTemplate
-from hebatron.complete import complete
-from hebatron.scoring import Item, multiple_choice
-from hebatron.task_table import TASKS
-from hebatron.tasks import Example, find_tasks, read_examples
+from hebatron.chat.template import NEMOTRON3, ChatTemplate
+from hebatron.evaluation.answers import f1
+from hebatron.evaluation.benchmark import Prompter, choose_shots, mean_of, run_task
+from hebatron.evaluation.complete import complete
+from hebatron.evaluation.scoring import Item, multiple_choice
+from hebatron.evaluation.task_table import TASKS
+from hebatron.evaluation.tasks import Example, find_tasks, read_examples
 from hebatron.tokenizer import Tokenizer
 
 RECORDS = [
@@ -102,7 +102,7 @@ def test_written_answers_of_a_chat_end_with_the_turn(
         seen.update(options)
         return complete(*arguments, **options)
 
-    monkeypatch.setattr("hebatron.benchmark.complete", spy)
+    monkeypatch.setattr("hebatron.evaluation.benchmark.complete", spy)
     (file,) = find_tasks([write(tmp_path / "text.jsonl", [{"context": "שלום", "answer": "x"}])])
     run_task(model, tokenizer, file, template=ChatTemplate(NEMOTRON3))
     assert seen["ends"] == [tokenizer.token_id("<|im_end|>")] and seen["special"] and seen["stop"] == ()

@@ -11,8 +11,8 @@ import torch
 from task_toy import make_model, make_tokenizer
 
 from hebatron import Hebatron, cli, presets
-from hebatron.chat import Conversation
-from hebatron.chat_template import NEMOTRON3, ChatTemplate
+from hebatron.chat.conversation import Conversation
+from hebatron.chat.template import NEMOTRON3, ChatTemplate
 from hebatron.tokenizer import Tokenizer
 
 TURNS = ["שלום", "ספר ילד בית?", "the answer 🙂"]
@@ -56,7 +56,7 @@ def talk(model: Hebatron, tokenizer: Tokenizer, template: str = NEMOTRON3, **opt
 def script(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
     """The model writes these tokens, one after another."""
     coming: Iterator[int] = iter(tokens)
-    monkeypatch.setattr("hebatron.chat.choose", lambda *_: torch.tensor([next(coming)]))
+    monkeypatch.setattr("hebatron.chat.conversation.choose", lambda *_: torch.tensor([next(coming)]))
 
 
 def written(tokenizer: Tokenizer, *answers: str, end: str = "<|im_end|>") -> list[int]:
@@ -260,7 +260,7 @@ def test_chat_goes_on_after_an_interrupted_or_cut_answer(
             raise KeyboardInterrupt
         return torch.tensor([token])
 
-    monkeypatch.setattr("hebatron.chat.choose", choose)
+    monkeypatch.setattr("hebatron.chat.conversation.choose", choose)
     assert run(monkeypatch, folder, "שלום\nמה?\nעוד\n") == 0
     out, err = capsys.readouterr()
     assert out.startswith("ספר") and "טוב\n" in out and "(stopped)" in err

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from hebatron.chat_template import NEMOTRON3, ChatTemplate, TemplateError
-from hebatron.chats import BadChat, Chat, ChatEncoder, check_messages, encode_chats, parse_chat
+from hebatron.chat.chats import BadChat, Chat, ChatEncoder, check_messages, encode_chats, parse_chat
+from hebatron.chat.template import NEMOTRON3, ChatTemplate, TemplateError
 from hebatron.tokenizer import train_bpe
 
 pytest.importorskip("jinja2")

@@ -14,8 +14,8 @@ from checkpoint_cases import Toy, bits, saved, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hebatron import checkpoint
-from hebatron.checkpoint import (
+from hebatron.training import checkpoint
+from hebatron.training.checkpoint import (
     MANIFEST,
     MODEL,
     OPTIMIZER,

@@ -13,14 +13,8 @@ import pytest
 from checkpoint_cases import saved, trained
 from safetensors.torch import save_file
 
-from hebatron import checkpoint
-from hebatron.checkpoint import (
-    MODEL,
-    load_checkpoint,
-    newest_valid,
-    remove_old,
-    save_checkpoint,
-)
+from hebatron.training import checkpoint
+from hebatron.training.checkpoint import MODEL, load_checkpoint, newest_valid, remove_old, save_checkpoint
 
 CALLS = ("os.rename", "os.fsync", "os.open", "shutil.rmtree", "pathlib.Path.mkdir", "pathlib.Path.write_text")
 
@@ -115,7 +109,9 @@ def save_forever(root: Path, ready: Connection) -> None:
 def test_kill_during_a_save_loop_always_leaves_progress(tmp_path: Path) -> None:
     # forkserver: torch is imported once and not forked from a process whose thread pool runs
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hebatron.checkpoint", "hebatron.optim", "torch._dynamo"])
+    context.set_forkserver_preload(
+        ["hebatron.training.checkpoint", "hebatron.training.optim", "torch._dynamo"]
+    )
     last = 0
     for kill in range(10):
         ready, theirs = context.Pipe(duplex=False)

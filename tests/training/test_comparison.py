@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from run_records import evaluation, step
 
-from hebatron.comparison import compare, comparison_lines
-from hebatron.history import History
+from hebatron.report.comparison import compare, comparison_lines
+from hebatron.report.history import History
 
 
 def history(steps: int, **bpb: float) -> History:

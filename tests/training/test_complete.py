@@ -8,7 +8,7 @@ from task_toy import make_model, make_tokenizer
 from toy import WORDS
 
 from hebatron import Hebatron, presets
-from hebatron.complete import TextStream, complete
+from hebatron.evaluation.complete import TextStream, complete
 from hebatron.tokenizer import Tokenizer
 
 PROMPTS = ["שלום", "", "ספר ילד בית", "the answer", " ".join(WORDS * 3), "שלום"]

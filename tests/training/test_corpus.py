@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from corpus_cases import CODE, ENGLISH, HEBREW, write_inputs, write_jsonl
 
-import hebatron.corpus
-import hebatron.data
-import hebatron.documents
-from hebatron.data import Corpus, prepare
+import hebatron.data.corpus
+import hebatron.data.documents
+import hebatron.data.prepare
+from hebatron.data.prepare import Corpus, prepare
 from hebatron.tokenizer import Tokenizer, train_bpe
 
 
@@ -59,7 +59,7 @@ def test_corpus_open_errors(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
     def with_index(**changes: Any) -> None:
         edited = {**index, **changes}
-        edited["fingerprint"] = hebatron.corpus.index_fingerprint(edited)
+        edited["fingerprint"] = hebatron.data.corpus.index_fingerprint(edited)
         (out / "index.json").write_text(json.dumps(edited), encoding="utf-8")
 
     with_index(version=2)

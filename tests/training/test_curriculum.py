@@ -13,9 +13,9 @@ import pytest
 import torch
 from curriculum_cases import document_pairs, make_corpora, row_table, three_phases
 
-from hebatron.corpus import DOCUMENT
-from hebatron.curriculum import Curriculum, Phase, Plan, build_plan
-from hebatron.data import Corpus
+from hebatron.curriculum.build import Curriculum, Phase, Plan, build_plan
+from hebatron.data.corpus import DOCUMENT
+from hebatron.data.prepare import Corpus
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from curriculum_cases import ORDERS, change_phase, make_corpora, row_table, three_phases
 
-from hebatron.curriculum import Curriculum, Phase, Plan, build_plan
-from hebatron.data import Corpus
+from hebatron.curriculum.build import Curriculum, Phase, Plan, build_plan
+from hebatron.data.prepare import Corpus
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 
-from hebatron.curriculum_presets import HEBATRON_TOKENS, hebatron_phases
-from hebatron.phases import Phase
-from hebatron.runconfig import (
-    CurriculumConfig,
-    RunConfig,
+from hebatron.curriculum.phases import Phase
+from hebatron.curriculum.presets import HEBATRON_TOKENS, hebatron_phases
+from hebatron.training.runconfig import (
     check_run_config,
     config_hash,
     describe,
     load_run_config,
     resolve_phases,
 )
-from hebatron.trees import from_table, to_table
+from hebatron.training.sections import CurriculumConfig, RunConfig
+from hebatron.training.trees import from_table, to_table
 
 SOURCES = {"formal": {"he": 1.0}, "colloquial": {"he": 2.0}, "long": {"he": 1.0, "en": 1.0}}
 

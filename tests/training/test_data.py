@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from corpus_cases import CODE, ENGLISH, HEBREW, files_below, write_inputs, write_jsonl
 
-import hebatron.data
-import hebatron.documents
-from hebatron.data import Corpus, prepare, read_texts
+import hebatron.data.documents
+import hebatron.data.prepare
+from hebatron.data.prepare import Corpus, prepare, read_texts
 from hebatron.tokenizer import Tokenizer, train_bpe
 
 
@@ -30,7 +30,7 @@ def test_prepare_keeps_every_document(tokenizer: Tokenizer, tmp_path: Path) -> N
         assert tokens.dtype == np.uint16 and not tokens.flags.writeable
         assert tokenizer.decode(tokens[:-1].tolist()) == text
         assert corpus.byte_count(i) == len(text.encode("utf-8"))
-        assert corpus.hash(i) == hebatron.documents.text_hash(text)
+        assert corpus.hash(i) == hebatron.data.documents.text_hash(text)
     assert [corpus.source(i) for i in range(7)] == [
         "he-0",
         "he-1",
@@ -72,7 +72,7 @@ def test_prepare_is_independent_of_batches_and_shards(
 ) -> None:
     files = write_inputs(tmp_path / "in")
     prepare(files, tmp_path / "whole", tokenizer)
-    monkeypatch.setattr(hebatron.data, "BATCH_CHARS", 60)
+    monkeypatch.setattr(hebatron.data.prepare, "BATCH_CHARS", 60)
     prepare(files, tmp_path / "batches", tokenizer)
     prepare(files, tmp_path / "shards", tokenizer, shard_tokens=50)
     whole = Corpus.open(tmp_path / "whole")

@@ -11,9 +11,9 @@ import pytest
 import zstandard
 from corpus_cases import CODE, ENGLISH, HEBREW, write_jsonl
 
-import hebatron.data
-import hebatron.documents
-from hebatron.data import prepare, read_texts
+import hebatron.data.documents
+import hebatron.data.prepare
+from hebatron.data.prepare import prepare, read_texts
 from hebatron.tokenizer import Tokenizer, train_bpe
 
 
@@ -68,7 +68,7 @@ def test_prepare_bad_line_is_named_or_counted(
     suffix: str,
 ) -> None:
     if reason == "too large":
-        monkeypatch.setattr(hebatron.documents, "MAX_DOCUMENT_BYTES", 1000)
+        monkeypatch.setattr(hebatron.data.documents, "MAX_DOCUMENT_BYTES", 1000)
     raw = b'{"text": "good"}\n' + line + b'\n{"text": "after"}\n'
     path = tmp_path / f"a{suffix}"
     path.write_bytes(zstandard.compress(raw) if suffix.endswith("zst") else raw)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hebatron.cli import main
-from hebatron.corpus import Corpus
-from hebatron.data import prepare
+from hebatron.data.corpus import Corpus
+from hebatron.data.prepare import prepare
 from hebatron.tokenizer import train_bpe
 
 

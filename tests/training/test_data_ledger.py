@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from hebatron.corpus import Corpus
-from hebatron.data import prepare
-from hebatron.documents import text_hash
+from hebatron.data.corpus import Corpus
+from hebatron.data.documents import text_hash
+from hebatron.data.prepare import prepare
 from hebatron.tokenizer import Tokenizer, train_bpe
 
 TEXT = "הרוח נשבה כל הלילה מן הים ובבוקר מצאו הדייגים סירה ריקה על החוף ליד המזח הישן של הכפר"
@@ -71,7 +71,7 @@ def test_corpus_keeps_record_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_corpus_from_before_the_ledger_file_opens_and_is_reused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    from hebatron.corpus import index_fingerprint
+    from hebatron.data.corpus import index_fingerprint
 
     path, out = write(tmp_path / "a.jsonl", [{"text": "a"}]), tmp_path / "out"
     prepare([path], out, tokenizer)

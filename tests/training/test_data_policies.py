@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from corpus_cases import CODE, ENGLISH, HEBREW, write_jsonl
 
-from hebatron.data import Corpus, prepare, read_texts, split_tokens
-from hebatron.documents import text_hash
+from hebatron.data.documents import text_hash
+from hebatron.data.prepare import Corpus, prepare, read_texts, split_tokens
 from hebatron.tokenizer import Tokenizer, train_bpe
 
 ALPHABET = "אבגםש אב  \n\n.abZ09\u05b8\u05bc\u05be\u05f3\u200d\u2019\u202e\u200f\ufeff\ufb2aé👧"

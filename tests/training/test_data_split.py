@@ -11,8 +11,8 @@ import pytest
 from toy import toy_config, toy_train, write_corpora
 
 from hebatron.cli import main
-from hebatron.corpus import Corpus, read_index
-from hebatron.corpus_parts import split_corpus
+from hebatron.data.corpus import Corpus, read_index
+from hebatron.data.corpus_parts import split_corpus
 
 RUN_FILE = """
 run_dir = "{root}/by-difficulty"
@@ -107,7 +107,7 @@ def test_split_refuses_and_leaves_nothing(
     ]:
         with pytest.raises(ValueError, match=message):
             split_corpus(he, out, by, shares)
-    monkeypatch.setattr("hebatron.corpus_parts.write_scores", lambda *_: 1 / 0)
+    monkeypatch.setattr("hebatron.data.corpus_parts.write_scores", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         split_corpus(he, out, "difficulty", [1.0, 1.0])
     assert list(tmp_path.iterdir()) == []
@@ -141,7 +141,7 @@ def test_score_refuses(
 def test_score_refuses_a_model_with_another_tokenizer(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hebatron.data import prepare
+    from hebatron.data.prepare import prepare
     from hebatron.tokenizer import train_bpe
 
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "אחר לגמרי"}) + "\n")

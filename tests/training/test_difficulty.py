@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from hebatron.cli import main
-from hebatron.corpus import Corpus
-from hebatron.data import prepare
-from hebatron.difficulty import (
+from hebatron.data.corpus import Corpus
+from hebatron.data.difficulty import (
     combine,
     mattr,
     measure,
@@ -22,7 +21,8 @@ from hebatron.difficulty import (
     words,
     zstd_bits,
 )
-from hebatron.length_effect import LengthEffect
+from hebatron.data.length_effect import LengthEffect
+from hebatron.data.prepare import prepare
 from hebatron.tokenizer import train_bpe
 
 

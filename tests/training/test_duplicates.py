@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hebatron.duplicates import NearDuplicates, run_hashes
+from hebatron.data.duplicates import NearDuplicates, run_hashes
 
 pytest.importorskip("datasketch")
 

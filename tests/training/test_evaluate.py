@@ -9,8 +9,8 @@ import torch
 from toy import write_corpora
 
 from hebatron import presets
-from hebatron.corpus import Corpus
-from hebatron.evaluate import bits_per_byte, choose_documents, piece_bits
+from hebatron.data.corpus import Corpus
+from hebatron.evaluation.evaluate import bits_per_byte, choose_documents, piece_bits
 from hebatron.model import Hebatron
 
 

@@ -17,11 +17,11 @@ from checkpoint_cases import bits, saved, trained
 from safetensors.torch import save_file
 from toy import Silent, checkpoint_bits, toy_config, toy_train, write_corpora
 
-from hebatron import checkpoint
-from hebatron.checkpoint import MODEL, OPTIMIZER, checkpoints, load_checkpoint, newest_valid
-from hebatron.metrics import read_metrics, without_time
-from hebatron.runconfig import RunConfig
-from hebatron.train import train
+from hebatron.training import checkpoint
+from hebatron.training.checkpoint import MODEL, OPTIMIZER, checkpoints, load_checkpoint, newest_valid
+from hebatron.training.metrics import read_metrics, without_time
+from hebatron.training.sections import RunConfig
+from hebatron.training.train import train
 
 CALLS = ("os.rename", "os.fsync", "os.open", "pathlib.Path.mkdir", "pathlib.Path.write_text")
 
@@ -150,7 +150,7 @@ def test_kill_around_every_phase_boundary_ends_with_the_same_bits(
 ) -> None:
     """Killed after the step before, at and after each boundary, its checkpoint not yet written."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hebatron.train", "torch._dynamo"])
+    context.set_forkserver_preload(["hebatron.training.train", "torch._dynamo"])
     config = toy_config(whole[0], tmp_path, checkpoint_every=1)
     for step in (3, 4, 5, 7, 8, 9, 11, 12):
         child = context.Process(target=train_and_die, args=(config, step, torch.get_num_threads()))

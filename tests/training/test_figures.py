@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from run_records import EVAL, evaluation, step, write
 
-from hebatron import figures
 from hebatron.cli import main
-from hebatron.figures import drawing, label, look, phase_bands, plot, smooth, thin
-from hebatron.history import History, load_histories
+from hebatron.report import figures
+from hebatron.report.figures import drawing, label, look, phase_bands, plot, smooth, thin
+from hebatron.report.history import History, load_histories
 
 HOSTILE = "_$\\frac{<script>&א\n\u202e"
 

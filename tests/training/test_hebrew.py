@@ -8,7 +8,7 @@ import unicodedata
 
 import pytest
 
-from hebatron.hebrew import NORMALIZATIONS, normalize, strip_points
+from hebatron.data.hebrew import NORMALIZATIONS, normalize, strip_points
 
 RULES = [
     ("niqqud", "שָׁלוֹם", "שלום", 3),

@@ -10,7 +10,7 @@ import pytest
 from run_records import EVAL, evaluation, step, write
 from toy import toy_config, toy_train, write_corpora
 
-from hebatron.history import (
+from hebatron.report.history import (
     History,
     load_histories,
     load_history,
@@ -20,7 +20,7 @@ from hebatron.history import (
     spread,
     unique_names,
 )
-from hebatron.metrics import METRICS
+from hebatron.training.metrics import METRICS
 
 
 @pytest.fixture(scope="module")

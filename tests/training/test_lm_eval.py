@@ -12,10 +12,10 @@ from task_toy import make_model, make_tokenizer
 from toy import WORDS
 
 from hebatron import Hebatron, cli, presets
-from hebatron.chat_template import NEMOTRON3
-from hebatron.complete import complete
+from hebatron.chat.template import NEMOTRON3
+from hebatron.evaluation.complete import complete
+from hebatron.evaluation.scoring import multiple_choice, score_choices
 from hebatron.hub import export_hf
-from hebatron.scoring import multiple_choice, score_choices
 from hebatron.tokenizer import Tokenizer
 
 REASON = "lm-eval is not installed: pip install 'hebatron[eval]'"
@@ -68,7 +68,7 @@ def folder(model: Hebatron, tokenizer: Tokenizer, tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="module")
 def ours(folder: Path) -> Any:
     pytest.importorskip("lm_eval", reason=REASON)
-    from hebatron.lm_eval_model import HebatronLM
+    from hebatron.evaluation.lm_eval_model import HebatronLM
 
     return HebatronLM(str(folder))
 
@@ -82,7 +82,7 @@ def test_lm_eval_says_what_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    monkeypatch.delitem(sys.modules, "hebatron.lm_eval_model", raising=False)
+    monkeypatch.delitem(sys.modules, "hebatron.evaluation.lm_eval_model", raising=False)
     assert cli.main(["eval", str(folder), "--lm-eval", "hebrew_local"]) == 2
     assert "lm_eval must be installed, got none; pip install 'hebatron[eval]'" in capsys.readouterr().err
 
@@ -126,7 +126,7 @@ def test_generate_until_is_complete(ours: Any, model: Hebatron, tokenizer: Token
 
 def test_chats_are_rendered_by_the_template(folder: Path, tokenizer: Tokenizer) -> None:
     pytest.importorskip("lm_eval", reason=REASON)
-    from hebatron.lm_eval_model import HebatronLM
+    from hebatron.evaluation.lm_eval_model import HebatronLM
 
     chatty = HebatronLM(str(folder), template="nemotron3")
     prompt = chatty.apply_chat_template([{"role": "user", "content": "שלום"}])
@@ -139,7 +139,7 @@ def test_chats_are_rendered_by_the_template(folder: Path, tokenizer: Tokenizer) 
 
 def test_a_model_is_given_in_one_way(model: Hebatron, folder: Path) -> None:
     pytest.importorskip("lm_eval", reason=REASON)
-    from hebatron.lm_eval_model import HebatronLM
+    from hebatron.evaluation.lm_eval_model import HebatronLM
 
     for given in ({}, {"model": model}, {"path": str(folder), "model": model}):
         with pytest.raises(ValueError, match="either path, or model and tokenizer, must be given"):

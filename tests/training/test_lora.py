@@ -12,7 +12,8 @@ from torch import Tensor
 from hebatron import presets
 from hebatron.config import ModelConfig
 from hebatron.hub import export_hf
-from hebatron.lora import (
+from hebatron.model import Hebatron
+from hebatron.training.lora import (
     ADAPTER,
     adapter_files,
     add_adapters,
@@ -21,8 +22,7 @@ from hebatron.lora import (
     uncovered,
     write_adapter,
 )
-from hebatron.model import Hebatron
-from hebatron.runconfig import LoraConfig
+from hebatron.training.sections import LoraConfig
 
 pytest.importorskip("peft")
 IDS = torch.arange(1, 31).reshape(2, 15)

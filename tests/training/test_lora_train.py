@@ -10,14 +10,15 @@ from chat_toy import chat_config, write_chats
 from safetensors.torch import load_file
 from toy import assert_same_run, toy_config, toy_train
 
-from hebatron.average import average_checkpoints
-from hebatron.checkpoint import CheckpointError, load_checkpoint, model_tensors
-from hebatron.lora import ADAPTER
-from hebatron.metrics import read_metrics
 from hebatron.model import Hebatron
-from hebatron.run import open_checkpoint, open_run, open_trained
-from hebatron.runconfig import LoraConfig, ModelSection, RunConfig, check_run_config
-from hebatron.train import evaluate_chats, train_step
+from hebatron.training.average import average_checkpoints
+from hebatron.training.checkpoint import CheckpointError, load_checkpoint, model_tensors
+from hebatron.training.lora import ADAPTER
+from hebatron.training.metrics import read_metrics
+from hebatron.training.run import open_checkpoint, open_run, open_trained
+from hebatron.training.runconfig import check_run_config
+from hebatron.training.sections import LoraConfig, ModelSection, RunConfig
+from hebatron.training.train import evaluate_chats, train_step
 
 pytest.importorskip("jinja2")
 pytest.importorskip("peft")

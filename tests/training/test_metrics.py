@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 from run_records import EVAL, SAMPLE, step, write
 
-from hebatron import metrics
-from hebatron.metrics import (
+from hebatron.training import metrics
+from hebatron.training.metrics import (
     METRICS,
     LiveReporter,
     MetricsWriter,

@@ -5,10 +5,10 @@ import torch
 from chat_toy import chat_config, write_chats
 
 from hebatron import presets
+from hebatron.chat.sft import neftune_noise
 from hebatron.model import Hebatron
-from hebatron.run import Run, open_run
-from hebatron.sft import neftune_noise
-from hebatron.train import train_step
+from hebatron.training.run import Run, open_run
+from hebatron.training.train import train_step
 
 pytest.importorskip("jinja2")
 

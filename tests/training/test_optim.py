@@ -10,8 +10,8 @@ from torch import nn
 
 from hebatron import presets
 from hebatron.model import Hebatron
-from hebatron.optim import build_optimizer, clip_gradients, decays, learning_rate
-from hebatron.runconfig import OptimizerConfig, ScheduleConfig
+from hebatron.training.optim import build_optimizer, clip_gradients, decays, learning_rate
+from hebatron.training.sections import OptimizerConfig, ScheduleConfig
 
 WSD = ScheduleConfig(name="wsd", warmup_steps=4, decay_share=0.5, floor=0.1)
 

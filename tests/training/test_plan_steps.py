@@ -11,9 +11,9 @@ import pytest
 import torch
 from curriculum_cases import ORDERS, change_phase, make_corpora, three_phases
 
-from hebatron.curriculum import Curriculum, Phase, build_plan
-from hebatron.data import Corpus
-from hebatron.plan import rank_rows
+from hebatron.curriculum.build import Curriculum, Phase, build_plan
+from hebatron.curriculum.plan import rank_rows
+from hebatron.data.prepare import Corpus
 
 
 @pytest.fixture(scope="module")

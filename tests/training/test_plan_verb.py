@@ -7,7 +7,7 @@ import pytest
 from toy import toy_config, toy_train, write_corpora
 
 from hebatron.cli import main
-from hebatron.run import open_plan
+from hebatron.training.run import open_plan
 from hebatron.verbs.plan import describe
 
 

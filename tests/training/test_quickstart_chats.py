@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hebatron.chats import ChatLedger, read_chats
+from hebatron.chat.chats import ChatLedger, read_chats
 from hebatron.quickstart import chats, exercises
 
 PAIRS = [(f"Open file {i}", f"פתח קובץ {i}") for i in range(1000)] + [

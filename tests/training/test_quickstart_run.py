@@ -14,12 +14,12 @@ import pytest
 from run_records import evaluation, step, write
 
 from hebatron import cli
-from hebatron.curriculum import Phase
+from hebatron.curriculum.build import Phase
 from hebatron.doctor import Diagnosis, OperatorRow
-from hebatron.metrics import read_metrics
 from hebatron.quickstart import chats, exercises, findings, report, run
 from hebatron.quickstart.corpus import Document
 from hebatron.quickstart.settings import BASE, Settings, resume_config, run_config
+from hebatron.training.metrics import read_metrics
 
 MINIATURE = Settings(
     phases=(

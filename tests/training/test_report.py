@@ -13,11 +13,11 @@ import pytest
 from run_records import evaluation, step, write
 from toy import toy_config, toy_train, write_corpora
 
-from hebatron import report
-from hebatron.charts import load_image
 from hebatron.cli import main
-from hebatron.metrics import METRICS
-from hebatron.report import write_report
+from hebatron.report import page as report
+from hebatron.report.charts import load_image
+from hebatron.report.page import write_report
+from hebatron.training.metrics import METRICS
 
 SECTIONS = [
     "Alarms",

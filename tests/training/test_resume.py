@@ -11,12 +11,12 @@ import pytest
 import torch
 from toy import Silent, assert_same_run, checkpoint_bits, toy_config, toy_train, write_corpora
 
-from hebatron.checkpoint import checkpoints, step_of
-from hebatron.curriculum import Phase
-from hebatron.data import prepare
-from hebatron.runconfig import RunConfig
+from hebatron.curriculum.build import Phase
+from hebatron.data.prepare import prepare
 from hebatron.tokenizer import load_tokenizer
-from hebatron.train import train
+from hebatron.training.checkpoint import checkpoints, step_of
+from hebatron.training.sections import RunConfig
+from hebatron.training.train import train
 
 STEPS = 12  # 4 in each of three phases
 
@@ -145,7 +145,7 @@ def train_in_child(config: RunConfig, threads: int) -> None:
 def test_kill_at_any_moment_still_ends_with_the_same_bits(whole: tuple[Path, Path], tmp_path: Path) -> None:
     # forkserver: torch is imported once and not forked from a process whose thread pool runs
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hebatron.train", "torch._dynamo"])
+    context.set_forkserver_preload(["hebatron.training.train", "torch._dynamo"])
     config = toy_config(whole[0], tmp_path, checkpoint_every=1)
     kills, reached = 0, 0
     while reached < STEPS - 1:

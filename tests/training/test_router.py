@@ -8,11 +8,11 @@ import pytest
 import torch
 from toy import Silent, toy_config, write_corpora
 
-from hebatron.metrics import PlainReporter, read_metrics
 from hebatron.model import Router
 from hebatron.router import LanguageCounts, alarms, overlap, router_load
-from hebatron.run import Run, open_run
-from hebatron.train import evaluate_held_out, train, train_step
+from hebatron.training.metrics import PlainReporter, read_metrics
+from hebatron.training.run import Run, open_run
+from hebatron.training.train import evaluate_held_out, train, train_step
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_run_with_a_collapsed_router_raises_the_alarm(
         collapse(run)
         return run
 
-    monkeypatch.setattr("hebatron.train.open_run", collapsed)
+    monkeypatch.setattr("hebatron.training.train.open_run", collapsed)
     train(config, stop_after=5, reporter=Silent())
     (record,) = [r for r in read_metrics(tmp_path) if r["kind"] == "eval" and r["step"] == 5]
     assert [line for line in record["alarms"] if "ln E on he" in line]

@@ -8,13 +8,14 @@ import pytest
 import torch
 from toy import Silent, checkpoint_bits, toy_config, toy_train, write_corpora
 
-from hebatron.checkpoint import checkpoints, load_checkpoint
-from hebatron.metrics import read_metrics
 from hebatron.model import Hebatron
-from hebatron.run import open_run
-from hebatron.runconfig import CorpusConfig, ModelSection, load_run_config
 from hebatron.tokenizer import load_tokenizer
-from hebatron.train import train
+from hebatron.training.checkpoint import checkpoints, load_checkpoint
+from hebatron.training.metrics import read_metrics
+from hebatron.training.run import open_run
+from hebatron.training.runconfig import load_run_config
+from hebatron.training.sections import CorpusConfig, ModelSection
+from hebatron.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_train_makes_the_final_model_durable(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr("hebatron.train.fsync", lambda path: flushed.append(path.name))
+    monkeypatch.setattr("hebatron.training.train.fsync", lambda path: flushed.append(path.name))
     config = toy_config(root, tmp_path)
     final = toy_train(replace(config, phases=config.phases[:1])).final
     assert final is not None and {path.name for path in final.iterdir()} <= set(flushed)

@@ -6,13 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hebatron.runconfig import (
-    RunConfig,
-    check_run_config,
-    config_hash,
-    load_run_config,
-)
-from hebatron.trees import differences, from_table, to_table
+from hebatron.training.runconfig import check_run_config, config_hash, load_run_config
+from hebatron.training.sections import RunConfig
+from hebatron.training.trees import differences, from_table, to_table
 
 GOOD = """
 run_dir = "runs/x"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hebatron.chat_template import NEMOTRON3, ChatTemplate
-from hebatron.sandbox import MAX_TEMPLATE_CHARS
+from hebatron.chat.sandbox import MAX_TEMPLATE_CHARS
+from hebatron.chat.template import NEMOTRON3, ChatTemplate
 
 jinja2 = pytest.importorskip("jinja2")
 

@@ -10,7 +10,7 @@ from task_toy import make_model, make_tokenizer
 from toy import WORDS
 
 from hebatron import Hebatron, presets
-from hebatron.scoring import NORMS, Item, estimate, multiple_choice, score_choices, score_items
+from hebatron.evaluation.scoring import NORMS, Item, estimate, multiple_choice, score_choices, score_items
 from hebatron.tokenizer import Tokenizer
 
 ITEMS = [
@@ -54,7 +54,7 @@ def boundary(tokenizer: Tokenizer, context: str, choice: str) -> tuple[list[int]
 def test_score_choices_is_each_choice_alone_whatever_the_batch(
     model: Hebatron, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, shared_tokens: int
 ) -> None:
-    monkeypatch.setattr("hebatron.scoring.SHARED_TOKENS", shared_tokens)
+    monkeypatch.setattr("hebatron.evaluation.scoring.SHARED_TOKENS", shared_tokens)
     expected = [
         [alone(model, *boundary(tokenizer, item.context, choice))[0] for choice in item.choices]
         for item in ITEMS
@@ -85,7 +85,7 @@ def test_a_long_common_beginning_is_read_once(
         return forward(input_ids, **options)
 
     monkeypatch.setattr(model, "forward", counted)
-    monkeypatch.setattr("hebatron.scoring.MAX_SHARING", 7)
+    monkeypatch.setattr("hebatron.evaluation.scoring.MAX_SHARING", 7)
     for got, want in zip(score_choices(model, tokenizer, items), expected, strict=True):
         assert got == pytest.approx(want, abs=1e-5, rel=1e-6)
     beginning = len(tokenizer.encode(worked))

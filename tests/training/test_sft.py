@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from hebatron.chats import Sample
+from hebatron.chat.chats import Sample
+from hebatron.chat.sft import ChatRows, pack_chats
 from hebatron.config import ModelConfig
 from hebatron.model import Hebatron
 from hebatron.presets import PRESETS
-from hebatron.sft import ChatRows, pack_chats
 
 VOCABULARY = 64
 

@@ -8,9 +8,10 @@ from chat_toy import chat_config, write_chats
 from toy import toy_train
 
 from hebatron.cli import main
-from hebatron.run import open_run
-from hebatron.runconfig import RunConfig, config_hash, load_run_config
 from hebatron.tokenizer import train_bpe
+from hebatron.training.run import open_run
+from hebatron.training.runconfig import config_hash, load_run_config
+from hebatron.training.sections import RunConfig
 
 pytest.importorskip("jinja2")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sft.toml"

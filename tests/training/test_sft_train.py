@@ -11,13 +11,13 @@ import torch
 from chat_toy import ANSWERS, chat_config, write_chats
 from toy import assert_same_run, toy_train
 
-from hebatron.chat_data import chat_loss, open_chats
-from hebatron.checkpoint import checkpoints
-from hebatron.metrics import PlainReporter, read_metrics
+from hebatron.chat.chat_data import chat_loss, open_chats
 from hebatron.model import Hebatron
-from hebatron.run import Run, open_run
 from hebatron.tokenizer import load_tokenizer
-from hebatron.train import evaluate_chats, sample, train_step
+from hebatron.training.checkpoint import checkpoints
+from hebatron.training.metrics import PlainReporter, read_metrics
+from hebatron.training.run import Run, open_run
+from hebatron.training.train import evaluate_chats, sample, train_step
 
 pytest.importorskip("jinja2")
 

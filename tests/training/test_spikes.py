@@ -8,11 +8,11 @@ import pytest
 import torch
 from toy import Silent, toy_config, write_corpora
 
-from hebatron import spikes
-from hebatron.metrics import PlainReporter, Record, read_metrics, without_time
-from hebatron.run import Run, open_run
-from hebatron.spikes import ENOUGH, WINDOW, LossWatch, spike
-from hebatron.train import train
+from hebatron.training import spikes
+from hebatron.training.metrics import PlainReporter, Record, read_metrics, without_time
+from hebatron.training.run import Run, open_run
+from hebatron.training.spikes import ENOUGH, WINDOW, LossWatch, spike
+from hebatron.training.train import train
 
 
 def test_spike_needs_enough_losses_and_a_rise_over_their_noise() -> None:
@@ -83,7 +83,7 @@ def test_train_writes_a_spike_with_its_rows_and_documents_and_again_after_a_resu
         runs.append(open_run(config))
         return runs[-1]
 
-    monkeypatch.setattr("hebatron.train.open_run", opened)
+    monkeypatch.setattr("hebatron.training.train.open_run", opened)
 
     def shake(step: int) -> None:  # the weights jump after step 7, the last but one of the second phase
         if step == 7:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import zstandard
 
-from hebatron.benchmark import choose_shots
-from hebatron.task_table import TASKS
-from hebatron.tasks import Example, find_tasks, read_examples, read_record
+from hebatron.evaluation.benchmark import choose_shots
+from hebatron.evaluation.task_table import TASKS
+from hebatron.evaluation.tasks import Example, find_tasks, read_examples, read_record
 
 QUESTION: dict[str, Any] = {"question": "מה?", "choices": ["אחת", "שתיים", "שלוש"]}
 

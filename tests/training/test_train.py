@@ -9,15 +9,15 @@ import pytest
 import torch
 from toy import Silent, state_bits, toy_config, toy_train, write_corpora
 
-from hebatron.checkpoint import checkpoints, load_checkpoint, model_tensors
-from hebatron.curriculum import Phase
-from hebatron.metrics import read_metrics
+from hebatron.curriculum.build import Phase
+from hebatron.curriculum.plan import Batch, Plan
 from hebatron.model import Hebatron
-from hebatron.optim import learning_rate, position_starts, step_learning_rate
-from hebatron.plan import Batch, Plan
-from hebatron.run import Run, open_run
-from hebatron.runconfig import RunConfig, ScheduleConfig
-from hebatron.train import Diverged, evaluate_held_out, sample, train, train_step
+from hebatron.training.checkpoint import checkpoints, load_checkpoint, model_tensors
+from hebatron.training.metrics import read_metrics
+from hebatron.training.optim import learning_rate, position_starts, step_learning_rate
+from hebatron.training.run import Run, open_run
+from hebatron.training.sections import RunConfig, ScheduleConfig
+from hebatron.training.train import Diverged, evaluate_held_out, sample, train, train_step
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def poison(run: Run, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Make the gradient of `steps` (1-based) NaN."""
     weight = run.model.lm_head.weight
     weight.register_hook(lambda gradient: gradient * torch.nan if run.step + 1 in steps else gradient)
-    monkeypatch.setattr("hebatron.train.open_run", lambda config: run)
+    monkeypatch.setattr("hebatron.training.train.open_run", lambda config: run)
 
 
 def test_train_skips_a_bad_step_and_saves_no_checkpoint_of_it(

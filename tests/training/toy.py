@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hebatron.checkpoint import model_tensors
-from hebatron.curriculum import Phase
-from hebatron.data import prepare
-from hebatron.metrics import Record, read_metrics, without_time
-from hebatron.run import Run
-from hebatron.runconfig import (
+from hebatron.curriculum.build import Phase
+from hebatron.data.prepare import prepare
+from hebatron.tokenizer import train_bpe
+from hebatron.training.checkpoint import model_tensors
+from hebatron.training.metrics import Record, read_metrics, without_time
+from hebatron.training.run import Run
+from hebatron.training.sections import (
     CorpusConfig,
     DataConfig,
     ModelSection,
@@ -23,8 +24,7 @@ from hebatron.runconfig import (
     ScheduleConfig,
     TrainingConfig,
 )
-from hebatron.tokenizer import train_bpe
-from hebatron.train import TrainResult, train
+from hebatron.training.train import TrainResult, train
 
 WORDS = "שלום עולם ספר ילד בית גדול קטן הלך אמר יום".split()
 

@@ -1,0 +1,1 @@
+"""Chats: templates in a sandbox, samples with loss masks, packed rows, and a conversation with a model."""
