@@ -6,7 +6,8 @@
 DATA holds train/phase{1,2,3}_he.jsonl.zst and anchor/anchor_en_code_math.jsonl.zst: a record has text, lang, genre and,
 in train, phase_score, the difficulty (1 to 3) that its phase is taken from. OUT gets text/, tokenizer/, corpora/
 and runs/: base-seedN, then an arm that starts from its weights. The arms of one seed read the same
-rows; only their order, or whether the anchor is there, differs.
+rows; only their order, or whether the anchor is there, differs. sft-seedN goes on from forward-seedN with the chats of
+DATA/sft/sft_messages.jsonl.zst (`messages`, `task`, `lang`), a fifth of them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from hebatron.training.sections import (
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
+    SftConfig,
     TrainingConfig,
 )
 from hebatron.training.train import train
@@ -42,6 +44,8 @@ ARMS = {  # order and anchor share
     "shuffled": ("shuffled", 0.15),
     "no-anchor": ("forward", 0.0),
 }
+LANGUAGES = ("he", "en", "he-en", "en-he")  # of the chats
+CHAT_PROMPTS = ("תרגם לאנגלית: שלום", "What is 7 plus 5?", "מהי צורת הרבים של המילה ספר?")
 PROMPTS = ("הכנסת החליטה", "בית המשפט קבע כי", "Once upon a time")
 
 
@@ -55,6 +59,8 @@ class Size:
     seq_len: int = 512  # of every phase: the arms differ in difficulty alone, not in length
     tokens_per_batch: int = 1024
     learning_rate: float = 2e-3
+    sft_share: float = 0.2  # of the chats
+    sft_learning_rate: float = 1e-3
     held_out_permille: int = 30
     held_out_tokens: int = 4_000  # by source, while training; the last evaluation reads all
 
@@ -95,8 +101,8 @@ def held_out(out: Path, size: Size) -> dict[str, Corpus]:
     return {name: Corpus.open(out / "corpora" / name).split(size.held_out_permille)[1] for name in names}
 
 
-def run_config(out: Path, name: str, size: Size) -> RunConfig:
-    """The run of `name`: base-seedN or an arm's."""
+def run_config(data: Path, out: Path, name: str, size: Size) -> RunConfig:
+    """The run of `name`: base-seedN, an arm's, or sft-seedN."""
     arm, _, seed = name.rpartition("-seed")
     corpora = tuple(CorpusConfig(corpus, out / "corpora" / corpus) for corpus in (*PHASES, "anchor"))
     base = RunConfig(
@@ -121,6 +127,21 @@ def run_config(out: Path, name: str, size: Size) -> RunConfig:
     )
     if arm == "base":
         return base
+    if arm == "sft":
+        return replace(
+            base,
+            model=ModelSection(path=out / "runs" / f"forward-seed{seed}" / "final"),
+            phases=(),
+            sft=SftConfig(
+                chats=(data / "sft" / "sft_messages.jsonl.zst",),
+                seq_len=size.seq_len,
+                lang_weights=dict.fromkeys(LANGUAGES, size.sft_share),
+                held_out_permille=size.held_out_permille,
+            ),
+            optimizer=OptimizerConfig(learning_rate=size.sft_learning_rate),
+            schedule=ScheduleConfig(name="cosine", warmup_steps=20, floor=0.1),
+            training=replace(base.training, sample_prompts=CHAT_PROMPTS),
+        )
     order, anchor_share = ARMS[arm]
     phases = tuple(
         Phase(phase, {phase: 1.0}, tokens=size.phase_tokens, seq_len=size.seq_len, anchor_share=anchor_share)
@@ -146,9 +167,9 @@ def main() -> None:
     arguments = parser.parse_args()
     size = Size()
     prepare_corpora(arguments.data, arguments.out, size)
-    names = [f"{arm}-seed{seed}" for seed in arguments.seeds for arm in ("base", *ARMS)]
+    names = [f"{arm}-seed{seed}" for seed in arguments.seeds for arm in ("base", *ARMS, "sft")]
     for name in arguments.only or names:
-        if not train(run_config(arguments.out, name, size)).finished:
+        if not train(run_config(arguments.data, arguments.out, name, size)).finished:
             return  # a signal; the same command goes on
 
 
