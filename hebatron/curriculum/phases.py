@@ -1,4 +1,4 @@
-"""What a curriculum is written as: phases, their sources, the anchor and the order (curriculum.py has the rules)."""
+"""What a curriculum is written as: phases, their sources, the anchor and the order (build.py has the rules)."""
 
 from __future__ import annotations
 

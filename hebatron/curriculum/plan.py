@@ -1,4 +1,4 @@
-"""A plan: the hashed table of rows that a run reads, and the batches made from it (curriculum.py builds it)."""
+"""A plan: the hashed table of rows that a run reads, and the batches made from it (build.py builds it)."""
 
 from __future__ import annotations
 

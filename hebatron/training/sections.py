@@ -111,7 +111,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class CurriculumConfig:
-    """Phases by name instead of written out: see curriculum_presets.py. They follow those that are written."""
+    """Phases by name instead of written out: see curriculum/presets.py. They follow those that are written."""
 
     preset: str | None = None
     scale: float = 1.0  # of the preset's tokens

@@ -77,7 +77,7 @@ HOSTILE = {
 CHILD = """
 import re, sys, time
 from test_sandbox import HOSTILE
-from hebatron.chat_template import ChatTemplate, TemplateError
+from hebatron.chat.template import ChatTemplate, TemplateError
 def resident(name):
     return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 for name, text in HOSTILE.items():
