@@ -224,6 +224,7 @@ static MoeMlpArgs read_moe_mlp(Reader& in, bool outputs) {
   a.workers = in.integer("workers");
   a.dtype = in.dtype("dtype");
   a.weight_dtype = in.dtype("weight_dtype");
+  a.packed = in.integer("packed") != 0;
   a.x = in.pointer("x");
   a.x_stride = in.integer("x_stride");
   a.ids = (const int64_t*)in.pointer("ids");
@@ -250,6 +251,22 @@ static MoeMlpBwdArgs read(Reader& in, MoeMlpBwdArgs*) {
   b.grad_up = in.pointer("grad_up");
   b.grad_down = in.pointer("grad_down");
   return b;
+}
+
+static MoePackArgs read(Reader& in, MoePackArgs*) {
+  MoePackArgs a{};
+  a.experts = in.integer("experts");
+  a.n = in.integer("n");
+  a.k = in.integer("k");
+  a.unpack = in.integer("unpack") != 0;
+  a.dtype = in.dtype("dtype");
+  a.weight_dtype = in.dtype("weight_dtype");
+  a.weights = in.pointer("weights");
+  a.expert_stride = in.integer("expert_stride");
+  a.stride = in.integer("stride");
+  a.packed = in.pointer("packed");
+  a.unpacked = in.pointer("unpacked");
+  return a;
 }
 #endif
 

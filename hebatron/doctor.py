@@ -73,7 +73,11 @@ def examine() -> Diagnosis:
         ("OpenMP", "not checked: no /proc" if copies is None else ", ".join(copies) or "none mapped"),
     )
     cases = small_cases()
-    operators = tuple(check_operator(name, cases[name]) for name in hebatron_kernels.OPERATORS)
+    if hebatron_kernels.build_info()["_cpu"].startswith("not built"):
+        del cases["moe_mlp_packed"]  # packing is the native module's own
+    operators = tuple(
+        check_operator(name, cases[name]) for name in hebatron_kernels.OPERATORS if name in cases
+    )
     problems = [
         f"{row.name}[{row.backend}] differs from its reference by {row.error:.1e} of its scale, "
         f"more than {TOLERANCE:.0e}"
@@ -206,6 +210,11 @@ def small_cases() -> dict[str, Callable[[], dict[str, Any]]]:
         weights = {"weights_TK": draw(13, 2), "up_EFD": draw(8, 6, 10), "down_EDF": draw(8, 10, 6)}
         return {"x_TD": draw(13, 10), "ids_TK": chosen, **weights}
 
+    def packed() -> dict[str, Any]:
+        plain = experts()
+        up, down = (hebatron_kernels.moe_pack(plain.pop(name)) for name in ("up_EFD", "down_EDF"))
+        return {**plain, "up": up, "down": down, "num_experts": 8, "expert_width": 6}
+
     def loss() -> dict[str, Any]:
         targets = torch.arange(13) % 11
         targets[3] = -100
@@ -231,6 +240,7 @@ def small_cases() -> dict[str, Callable[[], dict[str, Any]]]:
         "grouped_gemm": gemm,
         "moe_combine": combine,
         "moe_mlp": experts,
+        "moe_mlp_packed": packed,
         "linear_cross_entropy": loss,
     }
     return {name: seeded(make) for name, make in cases.items()}

@@ -254,10 +254,9 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, c.expert_dim, width))
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        up_EFD: Tensor = self.up_proj
-        down_EDF: Tensor = self.down_proj
-        if (x_TD.dtype, up_EFD.dtype) != (torch.bfloat16, torch.float32):  # the operator rounds those itself
-            up_EFD, down_EDF = up_EFD.to(x_TD.dtype), down_EDF.to(x_TD.dtype)
+        # the operator rounds fp32 weights under bf16 itself, without a copy
+        rounds = (x_TD.dtype, self.up_proj.dtype) == (torch.bfloat16, torch.float32)
+        up_EFD, down_EDF = (w if rounds else w.to(x_TD.dtype) for w in (self.up_proj, self.down_proj))
         return moe_mlp(x_TD, ids_TK, weights_TK, up_EFD, down_EDF)
 
 
@@ -348,6 +347,7 @@ class Hebatron(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.activation_checkpointing = False
+        self.frozen = False  # by freeze_for_inference
         self.draws_random_numbers = False  # in a training forward, as an adapter's dropout does
         # of tensors that stay fp32 in memory and came narrower: a checkpoint saved as it came is the same bytes
         self.stored_dtypes: dict[str, torch.dtype] = {}
@@ -532,6 +532,17 @@ class Hebatron(nn.Module):
     def new_cache(self, batch_size: int, capacity: int = 0) -> Cache:
         """An empty cache for `batch_size` sequences; it grows as needed, `capacity` tokens a row are kept ready."""
         return Cache(self.config, batch_size, capacity, self.compute_dtype, self.device)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode and self.frozen:
+            raise ValueError("train: model must not be frozen for inference, got a frozen one")
+        return super().train(mode)
+
+    def freeze_for_inference(self) -> Hebatron:
+        """See `hebatron.frozen.freeze_for_inference`."""
+        from .frozen import freeze_for_inference
+
+        return freeze_for_inference(self)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
         """See `hebatron.generate.generate`."""

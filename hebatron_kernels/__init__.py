@@ -6,7 +6,16 @@ from ._native import build_info
 from .attention import attention_decode, attention_prefill
 from .conv import causal_conv1d, causal_conv1d_update
 from .loss import linear_cross_entropy
-from .moe import grouped_gemm, moe_combine, moe_mlp, moe_permute, moe_route
+from .moe import (
+    grouped_gemm,
+    moe_combine,
+    moe_mlp,
+    moe_mlp_packed,
+    moe_pack,
+    moe_permute,
+    moe_route,
+    moe_unpack,
+)
 from .norm import rms_norm
 from .ssd import ssd_scan, ssd_update
 
@@ -23,8 +32,11 @@ __all__ = [
     "linear_cross_entropy",
     "moe_combine",
     "moe_mlp",
+    "moe_mlp_packed",
+    "moe_pack",
     "moe_permute",
     "moe_route",
+    "moe_unpack",
     "rms_norm",
     "ssd_scan",
     "ssd_update",

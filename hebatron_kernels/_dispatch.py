@@ -72,7 +72,7 @@ class Operator:
         modules: the noun's implementation modules by backend; "emulator" is the native one again where it has CUDA.
         fake: shapes of the results from the arguments, for torch.compile.
         fake_keep: shapes of what the backward is handed beside the arguments, where a form keeps any.
-        differentiable: False for the operators that update a state in place.
+        differentiable: False for the operators that update a state in place or read packed weights.
     """
 
     def __init__(
@@ -208,9 +208,7 @@ class Operator:
         choice = self.choose(args, backend)
         wants_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         if wants_grad and not self.differentiable:
-            raise ValueError(
-                f"{self.name}: arguments must not require a gradient (it updates a state in place)"
-            )
+            raise ValueError(f"{self.name}: arguments must not require a gradient (it has no derivative)")
         if choice == "torch":
             return _without_autocast(self.forwards["torch"], args)
         if not wants_grad:

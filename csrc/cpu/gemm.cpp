@@ -3,7 +3,7 @@
 // Grid      tasks of (block of at most 384 rows of an expert, 64 columns) over the threads.
 // Traffic   a panel (K x 64 of bf16: 344 KB at K = 2,688) comes from L2 once a strip, the rows of A from L1.
 // Roofline  compute: vdpbf16ps or fp32 FMA.
-// Measured  see docs/log.md; python bench/bench_moe.py.
+// Measured  never on its own; python bench/bench_moe.py times it inside its callers.
 // Limits    fp32 and bf16 with fp32 accumulation; any k.
 // Why so    all of k in one call: cutting it, so that the panel's part lies in L1, was 1 to 6 % slower, since every cut
 //           reads and writes the sums.

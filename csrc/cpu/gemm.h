@@ -57,13 +57,39 @@ static inline int64_t cut_blocks(const Offset* begin, int64_t experts, Block* bl
   return count;
 }
 
-// Weights of the experts: B(k, n) of each. Where k is contiguous in memory `by_column`, else n is.
+// Weights of the experts: B(k, n) of each. Where k is contiguous in memory `by_column`, else n is. `packed` data are panels.
 struct Weights {
   DType dtype;
   const void* data;
   int64_t expert_stride, stride, k, columns;
   bool by_column;
+  bool packed = false;
 };
+
+// What packed weights begin with: a layout is that of one ISA's vectors and may not be read as another's. Each expert's
+// panels follow, in the room that 16 lanes need.
+struct PackedHeader {
+  int64_t mark, lanes, experts, k, columns, bytes_element, unused[2];
+};
+constexpr int64_t kPackedMark = 0x6b636170627468;  // "htbpack"
+template <class T>
+static PackedHeader packed_header(int64_t experts, int64_t k, int64_t columns) {
+  return {kPackedMark, kLanes, experts, k, columns, int64_t(sizeof(T)), {}};
+}
+template <class T>
+static int64_t packed_stride(int64_t k, int64_t columns) { return units_of<T>(k) * kUnit<T> * ((columns + 15) / 16 * 16); }
+template <class T>
+static void check_packed(const char* op, const void* data, int64_t experts, int64_t k, int64_t columns) {
+  const PackedHeader want = packed_header<T>(experts, k, columns);
+  PackedHeader got;
+  std::memcpy(&got, data, sizeof got);
+  check(got.mark == want.mark, op, "packed weights must come from moe_pack, mark", got.mark);
+  check(got.lanes == want.lanes, op, "packed weights must be packed again for this ISA; their lanes", got.lanes);
+  check(got.bytes_element == want.bytes_element, op, "packed weights must have the dtype of x; their bytes", got.bytes_element);
+  check(got.experts == experts, op, "packed weights must have as many experts, theirs", got.experts);
+  check(got.k == k, op, "packed weights must have as long sums, theirs", got.k);
+  check(got.columns == columns, op, "packed weights must have as many outputs, theirs", got.columns);
+}
 
 // Panel p of expert e, rounded to T, packed into `buffer`.
 template <class T, class S>
@@ -78,6 +104,10 @@ static const T* pack_from(const Weights& w, int64_t e, int64_t p, T* buffer) {
 }
 template <class T>
 static const T* panel_of(const Weights& w, int64_t e, int64_t p, T* buffer) {
+  if (w.packed) {
+    const T* panels = (const T*)((const char*)w.data + sizeof(PackedHeader)) + e * packed_stride<T>(w.k, w.columns);
+    return panels + p * panel_elements<T>(w.k);
+  }
   return w.dtype == DType::f32 ? pack_from<T, float>(w, e, p, buffer) : pack_from<T, bf16>(w, e, p, buffer);
 }
 

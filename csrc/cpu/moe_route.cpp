@@ -3,7 +3,7 @@
 // Grid      blocks of tokens over the threads; a token's experts lie in L1.
 // Traffic   the logits once; what is written is small beside them.
 // Roofline  compute: one fp64 exponential per logit.
-// Measured  see docs/log.md; python bench/bench_moe.py.
+// Measured  never on its own; python bench/bench_moe.py times it inside its callers.
 // Limits    fp32 and bf16 logits; any number of experts and groups.
 // Why so    the sigmoid is taken in fp64 and rounded once, eight at a time for any number of experts, so that equal logits
 //           tie wherever they stand; the chosen stay sorted by insertion, which for 6 of 128 is one comparison an expert.

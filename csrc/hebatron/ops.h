@@ -142,6 +142,7 @@ struct MoeMlpArgs {
   int64_t workers;     // at most so many threads: each has a part of the workspace
   DType dtype;         // of x, y and hidden
   DType weight_dtype;  // of up and down; fp32 weights are rounded to dtype as they are read
+  bool packed;         // up and down come from moe_pack, as panels of dtype: strides and weight_dtype unused
   const void* x;
   int64_t x_stride;
   const int64_t* ids;    // tokens, top_k
@@ -164,6 +165,19 @@ struct MoeMlpBwdArgs {
   void* grad_down;      // experts, width, expert_width; or null
 };
 
+// The panels of (experts, n, k) weights for moe_mlp, behind a header of 64 bytes; with `unpack` the way back. packed has
+// 64 bytes + experts * (k rounded up to a unit: 2 of bf16) * (n rounded up to 16) elements of dtype.
+struct MoePackArgs {
+  int64_t experts, n, k;
+  bool unpack;
+  DType dtype;         // of the panels, and of what is unpacked
+  DType weight_dtype;  // of the weights
+  const void* weights;
+  int64_t expert_stride, stride;
+  void* packed;
+  void* unpacked;  // experts, n, k; or null
+};
+
 // The operators of each module: X(name, Args).
 #define HEBATRON_CPU_OPS(X)               \
   X(rms_norm_fwd, RmsNormArgs)            \
@@ -175,6 +189,7 @@ struct MoeMlpBwdArgs {
   X(grouped_gemm_fwd, GroupedGemmArgs)    \
   X(moe_route_fwd, MoeRouteArgs)          \
   X(moe_route_bwd, MoeRouteBwdArgs)       \
+  X(moe_pack, MoePackArgs)                \
   X(moe_mlp_fwd, MoeMlpArgs)              \
   X(moe_mlp_bwd, MoeMlpBwdArgs)
 #define HEBATRON_CUDA_OPS(X)     \

@@ -11,11 +11,19 @@ from torch import Tensor
 
 from .. import _check as check
 from .._dispatch import Operator
-from . import native, reference, torch_ops
+from . import checks, native, reference, torch_ops
+from .packed import moe_mlp_packed, moe_pack, moe_unpack
 
-__all__ = ["grouped_gemm", "moe_combine", "moe_mlp", "moe_permute", "moe_route"]
-
-_IDS = (torch.int64, torch.int32)
+__all__ = [
+    "grouped_gemm",
+    "moe_combine",
+    "moe_mlp",
+    "moe_mlp_packed",
+    "moe_pack",
+    "moe_permute",
+    "moe_route",
+    "moe_unpack",
+]
 
 
 def _operator(
@@ -78,30 +86,6 @@ _moe_mlp = _operator(
     fake_keep=lambda x, ids, weights, up, down: (x.new_empty(ids.shape[0] * ids.shape[1], up.shape[1]),),
     native=native,
 )
-
-
-def _host_readable(value: Tensor) -> bool:
-    """Values are checked only on the CPU: on a GPU that would synchronise, and a wrong value is the caller's."""
-    return value.device.type == "cpu" and value.numel() > 0 and not torch.compiler.is_compiling()
-
-
-def _check_ids(op: str, ids_TK: Tensor, tokens: int, experts: int) -> None:
-    check.tensor(op, "ids_TK", ids_TK, tokens, None, dtypes=_IDS)
-    if ids_TK.shape[1] == 0:
-        check.refuse(op, "ids_TK", "name at least one expert per token", check.describe(ids_TK))
-    _check_range(op, "ids_TK", ids_TK, experts)
-
-
-def _check_range(op: str, arg: str, value: Tensor, limit: int) -> None:
-    if _host_readable(value):
-        low, high = (int(bound) for bound in torch.aminmax(value))
-        if low < 0 or high >= limit:
-            check.refuse(op, arg, f"be between 0 and {limit - 1}", low if low < 0 else high)
-
-
-def _check_widths(op: str, arg: str, value: Tensor) -> None:
-    if 0 in value.shape[1:]:
-        check.refuse(op, arg, "have widths > 0", check.describe(value))
 
 
 def moe_route(
@@ -197,7 +181,7 @@ def moe_permute(
     check.tensor(op, "x_TD", x_TD, None, None)
     check.positive(op, num_experts=num_experts)
     check.integer(op, num_experts=num_experts)
-    _check_ids(op, ids_TK, x_TD.shape[0], num_experts)
+    checks.ids(op, ids_TK, x_TD.shape[0], num_experts)
     check.same_device(op, x_TD, ids_TK=ids_TK)
     return _moe_permute(x_TD, ids_TK, num_experts, backend=backend)
 
@@ -255,13 +239,13 @@ def grouped_gemm(
     check.tensor(op, "a_ND", a_ND, None, None)
     rows, width = a_ND.shape
     check.tensor(op, "b_EKN", b_EKN, None, width, None, dtypes=(a_ND.dtype,))
-    _check_widths(op, "b_EKN", b_EKN)
+    checks.widths(op, "b_EKN", b_EKN)
     check.tensor(op, "offsets_E", offsets_E, b_EKN.shape[0], dtypes=(torch.int32,))
     if b_EKN.shape[0] == 0:
         check.refuse(op, "b_EKN", "have at least one expert", check.describe(b_EKN))
     if rows_N is not None:
         check.tensor(op, "rows_N", rows_N, None, dtypes=(torch.int32,))
-        _check_range(op, "rows_N", rows_N, rows)
+        checks.in_range(op, "rows_N", rows_N, rows)
         rows = rows_N.shape[0]
     if scale_N is not None:
         check.tensor(op, "scale_N", scale_N, rows)
@@ -269,7 +253,7 @@ def grouped_gemm(
         check.refuse(op, "activation", "be None or 'relu2'", repr(activation))
     native.parse_implementation(implementation)
     check.same_device(op, a_ND, b_EKN=b_EKN, offsets_E=offsets_E, rows_N=rows_N, scale_N=scale_N)
-    if _host_readable(offsets_E):
+    if checks.host_readable(offsets_E):
         ends = [0, *offsets_E.tolist(), rows]
         if ends != sorted(ends):
             check.refuse(op, "offsets_E", f"rise from 0 to at most {rows} (the number of rows)", ends[1:-1])
@@ -312,7 +296,7 @@ def moe_combine(
     check.tensor(op, "rows_ND", rows_ND, slots, None)
     check.tensor(op, "order_N", order_N, slots, dtypes=(torch.int64,))
     check.same_device(op, rows_ND, order_N=order_N, weights_TK=weights_TK)
-    if _host_readable(order_N) and not torch.equal(order_N.sort().values, torch.arange(slots)):
+    if checks.host_readable(order_N) and not torch.equal(order_N.sort().values, torch.arange(slots)):
         check.refuse(op, "order_N", f"be a permutation of the {slots} slots", order_N.tolist()[:12])
     return _moe_combine(rows_ND, order_N, weights_TK, num_tokens, backend=backend)
 
@@ -362,11 +346,11 @@ def moe_mlp(
     stored = (torch.bfloat16, torch.float32) if x_TD.dtype == torch.bfloat16 else (x_TD.dtype,)
     check.tensor(op, "up_EFD", up_EFD, None, None, width, dtypes=stored)
     experts, expert_width, _ = up_EFD.shape
-    _check_widths(op, "up_EFD", up_EFD)
+    checks.widths(op, "up_EFD", up_EFD)
     check.tensor(op, "down_EDF", down_EDF, experts, width, expert_width, dtypes=(up_EFD.dtype,))
     if experts == 0:
         check.refuse(op, "up_EFD", "have at least one expert", check.describe(up_EFD))
-    _check_ids(op, ids_TK, tokens, experts)
+    checks.ids(op, ids_TK, tokens, experts)
     check.tensor(op, "weights_TK", weights_TK, *ids_TK.shape)
     check.same_device(op, x_TD, ids_TK=ids_TK, weights_TK=weights_TK, up_EFD=up_EFD, down_EDF=down_EDF)
     return _moe_mlp(x_TD, ids_TK, weights_TK, up_EFD, down_EDF, backend=backend)

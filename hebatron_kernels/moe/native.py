@@ -270,20 +270,11 @@ def _forward(
 def _mlp_numbers(
     x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor
 ) -> dict[str, Any]:
-    experts, expert_width, width = up_EFD.shape
+    experts, expert_width, _ = up_EFD.shape
     return {
-        "tokens": x_TD.shape[0],
-        "top_k": ids_TK.shape[1],
-        "experts": experts,
-        "width": width,
-        "expert_width": expert_width,
-        "workers": torch.get_num_threads(),
-        "dtype": _native.dtype_name(x_TD),
+        **_mlp_sizes(x_TD, ids_TK, weights_TK, experts, expert_width),
         "weight_dtype": _native.dtype_name(up_EFD),
-        "x": x_TD,
-        "x_stride": x_TD.stride(0),
-        "ids": ids_TK.long().contiguous(),
-        "weights": weights_TK.float().contiguous(),
+        "packed": 0,
         "up": up_EFD,
         "up_expert_stride": up_EFD.stride(0),
         "up_stride": up_EFD.stride(1),
@@ -291,3 +282,104 @@ def _mlp_numbers(
         "down_expert_stride": down_EDF.stride(0),
         "down_stride": down_EDF.stride(1),
     }
+
+
+def _mlp_sizes(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: int, expert_width: int
+) -> dict[str, Any]:
+    return {
+        "tokens": x_TD.shape[0],
+        "top_k": ids_TK.shape[1],
+        "experts": experts,
+        "width": x_TD.shape[1],
+        "expert_width": expert_width,
+        "workers": torch.get_num_threads(),
+        "dtype": _native.dtype_name(x_TD),
+        "x": x_TD,
+        "x_stride": x_TD.stride(0),
+        "ids": ids_TK.long().contiguous(),
+        "weights": weights_TK.float().contiguous(),
+    }
+
+
+def supports_moe_mlp_packed(x_TD: Tensor, *others: object) -> str | None:
+    if _native.on_cuda(x_TD):
+        return "no CUDA kernel is written for this operator"
+    return _native.refusal(x_TD)
+
+
+def moe_mlp_packed(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    num_experts: int,
+    expert_width: int,
+) -> Tensor:
+    y_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype)
+    _native.call(
+        "moe_mlp_fwd",
+        **_mlp_sizes(x_TD, ids_TK, weights_TK, num_experts, expert_width),
+        weight_dtype=_native.dtype_name(x_TD),
+        packed=1,
+        up=up,
+        up_expert_stride=0,
+        up_stride=0,
+        down=down,
+        down_expert_stride=0,
+        down_stride=0,
+        hidden=None,
+        y=y_TD,
+    )
+    return y_TD
+
+
+HEADER_BYTES = 64
+PANEL_LANES = 16
+
+
+def packed_elements(experts: int, outputs: int, inner: int, dtype: torch.dtype) -> int:
+    """Elements of the packed form of (experts, outputs, inner) weights (struct MoePackArgs of csrc/hebatron/ops.h)."""
+    unit = 4 // dtype.itemsize
+    per_expert = -(-inner // unit) * unit * (-(-outputs // PANEL_LANES) * PANEL_LANES)
+    return HEADER_BYTES // dtype.itemsize + experts * per_expert
+
+
+def moe_pack(weight_EMK: Tensor, dtype: torch.dtype) -> Tensor:
+    experts, outputs, inner = weight_EMK.shape
+    packed = torch.zeros(packed_elements(experts, outputs, inner, dtype), dtype=dtype)
+    _native.call(
+        "moe_pack",
+        experts=experts,
+        n=outputs,
+        k=inner,
+        unpack=0,
+        dtype=_native.DTYPES[dtype],
+        weight_dtype=_native.dtype_name(weight_EMK),
+        weights=weight_EMK,
+        expert_stride=weight_EMK.stride(0),
+        stride=weight_EMK.stride(1),
+        packed=packed,
+        unpacked=None,
+    )
+    return packed
+
+
+def moe_unpack(packed: Tensor, experts: int, outputs: int, inner: int) -> Tensor:
+    weight_EMK = torch.empty(experts, outputs, inner, dtype=packed.dtype)
+    _native.call(
+        "moe_pack",
+        experts=experts,
+        n=outputs,
+        k=inner,
+        unpack=1,
+        dtype=_native.dtype_name(packed),
+        weight_dtype=_native.dtype_name(packed),
+        weights=None,
+        expert_stride=0,
+        stride=0,
+        packed=packed,
+        unpacked=weight_EMK,
+    )
+    return weight_EMK

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import native
+
 _grouped_mm: Any = (
     F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
 )  # where the name is still private
@@ -96,6 +98,21 @@ def moe_combine(rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor, num_tokens
 
 def moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
     return _MoeMlp.apply(x_TD, ids_TK, weights_TK, up_EFD.to(x_TD.dtype), down_EDF.to(x_TD.dtype))
+
+
+def moe_mlp_packed(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    up: Tensor,
+    down: Tensor,
+    num_experts: int,
+    expert_width: int,
+) -> Tensor:
+    width = x_TD.shape[1]
+    up_EFD = native.moe_unpack(up, num_experts, expert_width, width)
+    down_EDF = native.moe_unpack(down, num_experts, width, expert_width)
+    return moe_mlp(x_TD, ids_TK, weights_TK, up_EFD, down_EDF)
 
 
 def _count(ids_N: Tensor, experts: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from model_cases import CONFIG, MIXED
+
+from hebatron import Hebatron
+from hebatron.frozen import FrozenExperts
+from hebatron.training.optim import build_optimizer
+from hebatron.training.sections import OptimizerConfig
+
+DTYPES = [torch.float32, torch.bfloat16]
+CONFIGS = {"plain": CONFIG, "latent": MIXED, "tied": CONFIG.replace(tie_word_embeddings=True)}
+IDS = torch.arange(40).view(2, 20) * 7 % 31
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_inference_equals_the_training_forward_to_the_bit(name, dtype):
+    model = Hebatron(CONFIGS[name], dtype)
+    trained = model(IDS).logits
+    assert trained.requires_grad
+    frozen = model.freeze_for_inference()
+    assert frozen is model and model.freeze_for_inference() is model and not model.training
+    got = model(IDS).logits
+    assert torch.equal(got, trained) and not got.requires_grad
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_frozen_generates_as_before():
+    model = Hebatron(CONFIG, torch.bfloat16).eval()
+    want = model.generate(IDS[:, :5], max_new_tokens=12, eos_token_id=[])
+    assert torch.equal(
+        model.freeze_for_inference().generate(IDS[:, :5], max_new_tokens=12, eos_token_id=[]), want
+    )
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_frozen_state_dict_and_export_hold_the_rounded_weights(name, tmp_path):
+    model = Hebatron(CONFIGS[name], torch.bfloat16)
+    want = {key: value.clone() for key, value in model.state_dict().items()}
+    got = model.freeze_for_inference().state_dict()
+    assert got.keys() == want.keys()
+    for key, value in got.items():
+        assert torch.equal(value, want[key].to(value.dtype)), key
+    assert all(got[key].dtype == torch.bfloat16 for key in got if "experts.up_proj" in key)
+    model.save_pretrained(tmp_path)
+    loaded = Hebatron.from_pretrained(tmp_path)
+    loaded.compute_dtype = torch.bfloat16
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_frozen_holds_the_experts_once():
+    model = Hebatron(CONFIG, torch.bfloat16)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    model.freeze_for_inference()
+    packed = [b for m in model.modules() if isinstance(m, FrozenExperts) for b in m.buffers()]
+    assert not any(".experts." in name for name, _ in model.named_parameters())
+    assert all(b.dtype == torch.bfloat16 for b in packed)
+    assert experts <= sum(b.numel() for b in packed) < 1.5 * experts
+
+
+def test_frozen_refuses_training_optimizers_and_loading():
+    model = Hebatron(CONFIG)
+    weights = model.state_dict()
+    model.freeze_for_inference()
+    with pytest.raises(ValueError, match="train: model must not be frozen for inference, got a frozen one"):
+        model.train()
+    assert not any(module.training for module in model.modules())
+    assert model.eval() is model
+    with pytest.raises(ValueError, match="model must have a trainable parameter, got none"):
+        build_optimizer(model, OptimizerConfig())
+    with pytest.raises(ValueError, match=r"load_state_dict: .*experts must not be frozen: load first"):
+        model.load_state_dict(weights)
+
+
+def test_freezing_refuses_other_dtypes_and_devices():
+    with pytest.raises(ValueError, match=r"must compute in float32 or bfloat16, got torch\.float64"):
+        Hebatron(CONFIG, torch.float64).freeze_for_inference()
+    with pytest.raises(ValueError, match="model must be on the CPU, got meta"):
+        Hebatron(CONFIG, torch.bfloat16, device="meta").freeze_for_inference()
