@@ -72,6 +72,7 @@ class Operator:
         modules: the noun's implementation modules by backend; "emulator" is the native one again where it has CUDA.
         fake: shapes of the results from the arguments, for torch.compile.
         fake_keep: shapes of what the backward is handed beside the arguments, where a form keeps any.
+        keep_results: whether that begins with the results themselves.
         differentiable: False for the operators that update a state in place or read packed weights.
     """
 
@@ -84,9 +85,10 @@ class Operator:
         fake: Callable[..., Any],
         differentiable: bool = True,
         fake_keep: Callable[..., tuple[Tensor, ...]] | None = None,
+        keep_results: bool = False,
     ) -> None:
         self.name, self.modules = name, modules
-        self.differentiable = differentiable
+        self.differentiable, self.keep_results = differentiable, keep_results
         self.forwards: dict[str, Callable[..., Any]] = {b: self._form(b, name) for b in modules}
         self.arity = len(inspect.signature(self.forwards["reference"]).parameters)
         _library.define(f"_{name}({arguments}, str backend) -> {returns}")
@@ -141,7 +143,10 @@ class Operator:
         torch.library.register_fake(f"hebatron::{backward}", fake_backward, lib=_library)
         ops = torch.ops.hebatron
         return _autograd_function(
-            getattr(ops, forward).default, getattr(ops, backward).default, results=returns.count("Tensor")
+            getattr(ops, forward).default,
+            getattr(ops, backward).default,
+            returns.count("Tensor"),
+            self.keep_results,
         )
 
     def _opaque_forward(self, *args: Any) -> Any:
@@ -263,7 +268,9 @@ def _fake_gradients(grads: list[Tensor], *args: Any) -> list[Tensor]:
     return [torch.empty_like(a, memory_format=torch.contiguous_format) for a in args if _is_float(a)]
 
 
-def _autograd_function(forward_op: Any, backward_op: Any, results: int = 0) -> type[torch.autograd.Function]:
+def _autograd_function(
+    forward_op: Any, backward_op: Any, results: int = 0, keep_results: bool = False
+) -> type[torch.autograd.Function]:
     """The autograd of a private op; with `results` it returns a list, what follows them being kept."""
 
     class Opaque(torch.autograd.Function):
@@ -272,7 +279,7 @@ def _autograd_function(forward_op: Any, backward_op: Any, results: int = 0) -> t
             ctx.others = [None if isinstance(a, Tensor) else (a,) for a in args]
             tensors = [a for a in args if isinstance(a, Tensor)]
             out = forward_op(*args)
-            kept = out[results:] if results else []
+            kept = out[0 if keep_results else results :] if results else []
             ctx.save_for_backward(*tensors, *kept)
             if results:
                 out = out[0] if results == 1 else tuple(out[:results])

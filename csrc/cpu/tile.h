@@ -232,6 +232,19 @@ static void pack_columns(T* panel, const S* from, int64_t n_stride, int64_t k, i
     }
 }
 
+// Units whose first elements are a's lanes and whose second are b's, rounded to bf16.
+HEBATRON_INLINE void store_pairs(bf16* to, Vec a, Vec b) {
+#if defined(HEBATRON_ISA_AVX512) || defined(HEBATRON_ISA_AVX512_BF16)
+  const __m512i low = _mm512_cvtepu16_epi32(narrow(a)), high = _mm512_cvtepu16_epi32(narrow(b));
+  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+  bf16 first[kLanes], second[kLanes];
+  store(first, a);
+  store(second, b);
+  for (int i = 0; i < kLanes; i++) to[2 * i] = first[i], to[2 * i + 1] = second[i];
+#endif
+}
+
 // One panel of B from rows: B(k, n) = row(k)[n], rounded to T; row(k) is a pointer to `columns` <= kTileColumns elements.
 template <class T, class Row>
 static void pack_rows(T* panel, const Row& row, int64_t k, int64_t columns, int vectors = kTileVectors) {
@@ -243,15 +256,11 @@ static void pack_rows(T* panel, const Row& row, int64_t k, int64_t columns, int 
     for (int64_t ahead = k0 + kAhead; ahead < std::min<int64_t>(k, k0 + kAhead + kUnit<T>); ahead++) prefetch(row(ahead), width);
     for (int64_t n = 0; n < width; n += kLanes) {
       const int filled = int(std::clamp<int64_t>(columns - n, 0, kLanes));
-      T parts[2][kLanes] = {};
-      if (filled) store(parts[0], load_lanes(first + n, filled));
-      if (filled && second) store(parts[1], load_lanes(second + n, filled));
+      const Vec a = filled ? load_lanes(first + n, filled) : set1(0.0f);
       if constexpr (kUnit<T> == 1) {
-        std::memcpy(panel + n, parts[0], sizeof parts[0]);
+        store(panel + n, a);
       } else {
-        uint32_t pairs[kLanes];
-        for (int i = 0; i < kLanes; i++) pairs[i] = uint32_t(parts[0][i].bits) | uint32_t(parts[1][i].bits) << 16;
-        std::memcpy((void*)(panel + n * 2), pairs, sizeof pairs);
+        store_pairs(panel + n * 2, a, filled && second ? load_lanes(second + n, filled) : set1(0.0f));
       }
     }
   }

@@ -91,6 +91,58 @@ struct SsdUpdateArgs {
   void* y;               // sequences, heads, head_dim
 };
 
+// o = softmax(scale q k^T) v over the keys a query sees; query head h reads kv head h / (heads / kv_heads). The last query of
+// a sequence stands at its last key. A row of q, k, v is one head of one token.
+struct AttentionArgs {
+  int64_t tokens_q, tokens_k, heads, kv_heads, head_dim, sequences;
+  bool causal;
+  int64_t window;  // the most recent keys that a query sees; tokens_q + tokens_k + 1 for all
+  double scale;
+  DType dtype;
+  int64_t workers;  // the most threads that run: each has a scratch of its own in the workspace
+  const void* q;
+  int64_t q_stride, q_head_stride;
+  const void* k;
+  int64_t k_stride, k_head_stride;
+  const void* v;
+  int64_t v_stride, v_head_stride;
+  const int32_t* cu_seqlens_q;  // sequences + 1
+  const int32_t* cu_seqlens_k;  // sequences + 1
+  void* o;     // tokens_q, heads, head_dim
+  float* lse;  // tokens_q, heads: log(sum(exp(scale q k^T))), -inf where a query sees no key
+};
+
+// Gradients of the above, all contiguous.
+struct AttentionBwdArgs {
+  AttentionArgs forward;  // o and lse as the forward wrote them
+  const void* grad_o;     // tokens_q, heads, head_dim
+  void* grad_q;           // tokens_q, heads, head_dim
+  void* grad_k;           // tokens_k, kv_heads, head_dim
+  void* grad_v;           // tokens_k, kv_heads, head_dim
+};
+
+// Writes one key and value per sequence at position lengths[n] of its pages, then attends over them. Pages are blocks of
+// block_size tokens: token t of sequence n is row t % block_size of block block_table[n][t / block_size].
+struct AttentionDecodeArgs {
+  int64_t sequences, heads, kv_heads, head_dim, block_size, max_blocks;
+  int64_t window;  // the most recent keys that are seen; max_blocks * block_size + 1 for all
+  double scale;
+  DType dtype;
+  int64_t workers;
+  const void* q;
+  int64_t q_stride, q_head_stride;
+  const void* k_new;
+  int64_t k_new_stride, k_new_head_stride;
+  const void* v_new;
+  int64_t v_new_stride, v_new_head_stride;
+  void* keys;    // blocks, rows, kv_heads, head_dim
+  void* values;  // the same strides
+  int64_t block_stride, row_stride, head_stride;
+  const int32_t* block_table;  // sequences, max_blocks
+  const int32_t* lengths;      // sequences: tokens before the new one
+  void* o;                     // sequences, heads, head_dim
+};
+
 enum class GroupedGemm : int { automatic = 0, sm80 = 1, sm90a = 2, cutlass = 3 };
 
 // out[r] = act(a[row(r)] b[e]) * scale[r] for the rows r of expert e, offsets[e-1] <= r < offsets[e]; row(r) = rows_of_a[r],
@@ -179,19 +231,22 @@ struct MoePackArgs {
 };
 
 // The operators of each module: X(name, Args).
-#define HEBATRON_CPU_OPS(X)               \
-  X(rms_norm_fwd, RmsNormArgs)            \
-  X(rms_norm_bwd, RmsNormBwdArgs)         \
-  X(causal_conv1d_fwd, ConvArgs)          \
-  X(causal_conv1d_bwd, ConvBwdArgs)       \
-  X(causal_conv1d_update, ConvUpdateArgs) \
-  X(ssd_update, SsdUpdateArgs)            \
-  X(grouped_gemm_fwd, GroupedGemmArgs)    \
-  X(moe_route_fwd, MoeRouteArgs)          \
-  X(moe_route_bwd, MoeRouteBwdArgs)       \
-  X(moe_pack, MoePackArgs)                \
-  X(moe_mlp_fwd, MoeMlpArgs)              \
-  X(moe_mlp_bwd, MoeMlpBwdArgs)
+#define HEBATRON_CPU_OPS(X)                  \
+  X(rms_norm_fwd, RmsNormArgs)               \
+  X(rms_norm_bwd, RmsNormBwdArgs)            \
+  X(causal_conv1d_fwd, ConvArgs)             \
+  X(causal_conv1d_bwd, ConvBwdArgs)          \
+  X(causal_conv1d_update, ConvUpdateArgs)    \
+  X(ssd_update, SsdUpdateArgs)               \
+  X(grouped_gemm_fwd, GroupedGemmArgs)       \
+  X(moe_route_fwd, MoeRouteArgs)             \
+  X(moe_route_bwd, MoeRouteBwdArgs)          \
+  X(moe_pack, MoePackArgs)                   \
+  X(moe_mlp_fwd, MoeMlpArgs)                 \
+  X(moe_mlp_bwd, MoeMlpBwdArgs)              \
+  X(attention_prefill_fwd, AttentionArgs)    \
+  X(attention_prefill_bwd, AttentionBwdArgs) \
+  X(attention_decode, AttentionDecodeArgs)
 #define HEBATRON_CUDA_OPS(X)     \
   X(rms_norm_fwd, RmsNormArgs)    \
   X(rms_norm_bwd, RmsNormBwdArgs) \

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _check as check
 from .._dispatch import Operator
-from . import reference, torch_ops
+from . import native, reference, torch_ops
 
 __all__ = ["attention_decode", "attention_prefill"]
 
@@ -20,12 +20,18 @@ def _fake(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
+def _fake_keep(q: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (q.new_empty(q.shape[:2], dtype=torch.float32),)
+
+
 _attention_prefill = Operator(
     "attention_prefill",
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float? scale, int? window",
     "Tensor",
-    {"torch": torch_ops, "reference": reference},
+    {"native": native, "torch": torch_ops, "reference": reference},
     _fake,
+    fake_keep=_fake_keep,
+    keep_results=True,
 )
 
 _attention_decode = Operator(
@@ -33,7 +39,7 @@ _attention_decode = Operator(
     "Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) cache, Tensor block_table, Tensor lengths, "
     "float? scale, int? window",
     "Tensor",
-    {"torch": torch_ops, "reference": reference},
+    {"native": native, "torch": torch_ops, "reference": reference},
     _fake,
     differentiable=False,
 )
@@ -77,6 +83,8 @@ def attention_prefill(
         To q, k and v; first order.
 
     Backends:
+        native: C++, fp32 and bf16 (fp32 scores and sums), memory linear in the lengths. A query's result is the same to
+        the bit alone, packed, in chunks and beside any other; the gradients do not depend on the threads.
         torch: SDPA on batches of segments of like length, every dtype and device; it reads cu_seqlens on the host
         (on a GPU that waits for it), except under torch.compile, where one T x S mask serves instead. NaN in one
         sequence stays in it, but for that compiled form. reference: fp64, softmax written out, loops.
@@ -108,6 +116,8 @@ def attention_prefill(
     if window is not None and not causal:
         check.refuse(op, "window", "be None when causal is False", window)
     _check_scale_window(op, scale, window)
+    if cu_seqlens_k is cu_seqlens_q:
+        cu_seqlens_k = None  # Dynamo refuses an autograd.Function that gets one tensor twice
     return _attention_prefill(
         q_THP, k_SHkP, v_SHkP, cu_seqlens_q, cu_seqlens_k, causal, scale, window, backend=backend
     )
@@ -151,6 +161,7 @@ def attention_decode(
         None: the cache is updated in place.
 
     Backends:
+        native: C++, fp32 and bf16; a sequence's result does not depend on the others.
         torch: gathers each sequence's blocks, then SDPA; every dtype and device. reference: fp64, loops.
 
     Source:

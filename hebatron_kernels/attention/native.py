@@ -1,0 +1,181 @@
+"""Attention in C++ (csrc/cpu/attention*.cpp): prefill forward and backward, decode over pages; fp32 and bf16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+
+def supports_attention_prefill(
+    q_THP: Tensor,
+    k_SHkP: Tensor,
+    v_SHkP: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+) -> str | None:
+    return _native.refusal(q_THP, k_SHkP, v_SHkP)
+
+
+def attention_prefill(
+    q_THP: Tensor,
+    k_SHkP: Tensor,
+    v_SHkP: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    return attention_prefill_keep(q_THP, k_SHkP, v_SHkP, cu_seqlens_q, cu_seqlens_k, causal, scale, window)[0]
+
+
+def attention_prefill_keep(
+    q_THP: Tensor,
+    k_SHkP: Tensor,
+    v_SHkP: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """o, and each row's log of the sum of exponentials (-inf where a query sees no key)."""
+    o_THP = torch.empty(q_THP.shape, dtype=q_THP.dtype)
+    lse_TH = torch.empty(q_THP.shape[:2], dtype=torch.float32)
+    inputs = _inputs(q_THP, k_SHkP, v_SHkP, cu_seqlens_q, cu_seqlens_k, causal, scale, window)
+    _native.call("attention_prefill_fwd", **inputs, o=o_THP, lse=lse_TH)
+    return o_THP, lse_TH
+
+
+def attention_prefill_keep_bwd(
+    grads: list[Tensor],
+    kept: list[Tensor],
+    wanted: list[bool],
+    q_THP: Tensor,
+    k_SHkP: Tensor,
+    v_SHkP: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+) -> list[Tensor]:
+    found = [torch.empty(x.shape, dtype=x.dtype) for x in (q_THP, k_SHkP, v_SHkP)]
+    _native.call(
+        "attention_prefill_bwd",
+        **_inputs(q_THP, k_SHkP, v_SHkP, cu_seqlens_q, cu_seqlens_k, causal, scale, window),
+        o=kept[0],
+        lse=kept[1],
+        grad_o=grads[0],
+        grad_q=found[0],
+        grad_k=found[1],
+        grad_v=found[2],
+    )
+    return [g if want else g.new_empty(0) for g, want in zip(found, wanted)]
+
+
+def _inputs(
+    q_THP: Tensor,
+    k_SHkP: Tensor,
+    v_SHkP: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+) -> dict[str, Any]:
+    tokens_q, heads, head_dim = q_THP.shape
+    tokens_k, kv_heads, _ = k_SHkP.shape
+    everything = tokens_q + tokens_k + 1
+    cu_q = _ends(cu_seqlens_q, tokens_q)
+    cu_k = cu_q if cu_seqlens_k is None and cu_seqlens_q is not None else _ends(cu_seqlens_k, tokens_k)
+    return {
+        "tokens_q": tokens_q,
+        "tokens_k": tokens_k,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "sequences": cu_q.numel() - 1,
+        "causal": int(causal),
+        "window": everything if window is None else min(window, everything),
+        "scale": head_dim**-0.5 if scale is None else scale,
+        "dtype": _native.dtype_name(q_THP),
+        "workers": torch.get_num_threads(),
+        **_rows("q", q_THP),
+        **_rows("k", k_SHkP),
+        **_rows("v", v_SHkP),
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+    }
+
+
+def _ends(cu_seqlens: Tensor | None, tokens: int) -> Tensor:
+    return torch.tensor([0, tokens], dtype=torch.int32) if cu_seqlens is None else cu_seqlens.contiguous()
+
+
+def _rows(name: str, x: Tensor) -> dict[str, Any]:
+    """A tensor of tokens and heads, and the strides of both."""
+    return {name: x, f"{name}_stride": x.stride(0), f"{name}_head_stride": x.stride(1)}
+
+
+def supports_attention_decode(
+    q_QHP: Tensor,
+    k_new_QHkP: Tensor,
+    v_new_QHkP: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> str | None:
+    return _native.refusal(q_QHP, k_new_QHkP, v_new_QHkP, cache)
+
+
+def attention_decode(
+    q_QHP: Tensor,
+    k_new_QHkP: Tensor,
+    v_new_QHkP: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    sequences, heads, head_dim = q_QHP.shape
+    block_size, kv_heads = cache.shape[2:4]
+    everything = block_table.shape[1] * block_size + 1
+    o_QHP = torch.empty(q_QHP.shape, dtype=q_QHP.dtype)
+    keys, values = cache.unbind()
+    _native.call(
+        "attention_decode",
+        sequences=sequences,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        max_blocks=block_table.shape[1],
+        window=everything if window is None else min(window, everything),
+        scale=head_dim**-0.5 if scale is None else scale,
+        dtype=_native.dtype_name(q_QHP),
+        workers=torch.get_num_threads(),
+        **_rows("q", q_QHP),
+        **_rows("k_new", k_new_QHkP),
+        **_rows("v_new", v_new_QHkP),
+        keys=keys,
+        values=values,
+        block_stride=keys.stride(0),
+        row_stride=keys.stride(1),
+        head_stride=keys.stride(2),
+        block_table=block_table.contiguous(),
+        lengths=lengths.contiguous(),
+        o=o_QHP,
+    )
+    _native.wrote(cache)
+    return o_QHP
