@@ -269,6 +269,36 @@ static MoePackArgs read(Reader& in, MoePackArgs*) {
   return a;
 }
 
+static LossArgs read_loss(Reader& in, bool outputs) {
+  LossArgs a{};
+  a.tokens = in.integer("tokens");
+  a.entries = in.integer("entries");
+  a.width = in.integer("width");
+  a.ignore_index = in.integer("ignore_index");
+  a.dtype = in.dtype("dtype");
+  a.workers = in.integer("workers");
+  a.x = in.pointer("x");
+  a.x_stride = in.integer("x_stride");
+  a.weight = in.pointer("weight");
+  a.weight_stride = in.integer("weight_stride");
+  a.targets = (const int64_t*)in.pointer("targets");
+  a.targets_stride = in.integer("targets_stride");
+  if (outputs) a.losses = (float*)in.pointer("losses");
+  a.lse = (float*)in.pointer("lse");
+  return a;
+}
+
+static LossArgs read(Reader& in, LossArgs*) { return read_loss(in, true); }
+
+static LossBwdArgs read(Reader& in, LossBwdArgs*) {
+  LossBwdArgs b{};
+  b.forward = read_loss(in, false);
+  b.upstream = (const float*)in.pointer("upstream");
+  b.grad_x = in.pointer("grad_x");
+  b.grad_weight = in.pointer("grad_weight");
+  return b;
+}
+
 static AttentionArgs read(Reader& in, AttentionArgs*) {
   AttentionArgs a{};
   a.tokens_q = in.integer("tokens_q");

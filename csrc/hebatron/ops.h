@@ -143,6 +143,29 @@ struct AttentionDecodeArgs {
   void* o;                     // sequences, heads, head_dim
 };
 
+// losses[t] = logsumexp(z_t) - z_t[targets[t]] with z = x weight^T; 0 where the target is ignore_index.
+struct LossArgs {
+  int64_t tokens, entries, width, ignore_index;
+  DType dtype;  // of x and weight
+  int64_t workers;
+  const void* x;
+  int64_t x_stride;
+  const void* weight;
+  int64_t weight_stride;
+  const int64_t* targets;
+  int64_t targets_stride;
+  float* losses;  // tokens
+  float* lse;     // tokens: logsumexp(z_t), 0 where ignored
+};
+
+// Gradients of the above, contiguous.
+struct LossBwdArgs {
+  LossArgs forward;       // lse as the forward wrote it; losses unused
+  const float* upstream;  // tokens
+  void* grad_x;           // tokens, width
+  void* grad_weight;      // entries, width
+};
+
 enum class GroupedGemm : int { automatic = 0, sm80 = 1, sm90a = 2, cutlass = 3 };
 
 // out[r] = act(a[row(r)] b[e]) * scale[r] for the rows r of expert e, offsets[e-1] <= r < offsets[e]; row(r) = rows_of_a[r],
@@ -246,7 +269,9 @@ struct MoePackArgs {
   X(moe_mlp_bwd, MoeMlpBwdArgs)              \
   X(attention_prefill_fwd, AttentionArgs)    \
   X(attention_prefill_bwd, AttentionBwdArgs) \
-  X(attention_decode, AttentionDecodeArgs)
+  X(attention_decode, AttentionDecodeArgs)   \
+  X(linear_cross_entropy_fwd, LossArgs)      \
+  X(linear_cross_entropy_bwd, LossBwdArgs)
 #define HEBATRON_CUDA_OPS(X)     \
   X(rms_norm_fwd, RmsNormArgs)    \
   X(rms_norm_bwd, RmsNormBwdArgs) \

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import _check as check
 from .._dispatch import Operator
-from . import reference, torch_ops
+from . import native, reference, torch_ops
 
 __all__ = ["linear_cross_entropy"]
 
@@ -19,12 +21,17 @@ def _fake(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reducti
     return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+def _fake_keep(x: Tensor, weight: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return (x.new_empty(targets.shape, dtype=torch.float32),)
+
+
 _linear_cross_entropy = Operator(
     "linear_cross_entropy",
     "Tensor x, Tensor weight, Tensor targets, int ignore_index, str reduction",
     "Tensor",
-    {"torch": torch_ops, "reference": reference},
+    {"native": native, "torch": torch_ops, "reference": reference},
     _fake,
+    fake_keep=_fake_keep,
 )
 
 
@@ -60,6 +67,9 @@ def linear_cross_entropy(
         rows hold.
 
     Backends:
+        native: C++, fp32 and bf16, 512 entries at a time; logits, softmax and sums in fp32, the gradient of the logits
+        rounded to the dtype. The logits are made again in the backward, so nothing but one number per token is kept. A
+        token's loss does not depend on the others.
         torch: chunks of tokens (256 at a vocabulary of 4,096 or more), every dtype and device. Logits and softmax are
         fp32 whatever the dtype; a half-precision gradient is rounded once per chunk and summed in fp32.
         reference: fp64, all logits.

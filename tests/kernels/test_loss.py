@@ -4,7 +4,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hebatron_kernels as hk
-from hebatron_kernels import testing
+from hebatron_kernels import _native, testing
 from hebatron_kernels.loss import torch_ops
 
 BACKENDS = ["torch", "reference"]
@@ -115,13 +115,13 @@ def test_linear_cross_entropy_never_holds_the_logits(small_chunks, reduction, wa
     x, weight, targets = make(70, 4, 90, torch.float32)
     leaves = [leaf.requires_grad_(name in wants) for name, leaf in (("x", x), ("w", weight))]
     with Shapes() as seen:
-        loss = hk.linear_cross_entropy(x, weight, targets, -100, reduction)
+        loss = hk.linear_cross_entropy(x, weight, targets, -100, reduction, backend="torch")
         if wants:
             torch.autograd.grad(loss.sum(), [leaf for leaf in leaves if leaf.requires_grad])
     assert seen.largest <= 7 * 90  # one chunk of the 70 x 90 logits
     assert seen.products == 10 * products
     with Shapes() as seen, torch.no_grad():
-        hk.linear_cross_entropy(x, weight, targets, -100, reduction)
+        hk.linear_cross_entropy(x, weight, targets, -100, reduction, backend="torch")
     assert seen.products == 10
 
 
@@ -218,6 +218,95 @@ def test_linear_cross_entropy_of_no_token(tokens):
             assert all(value.count_nonzero() == 0 for value in found.values())
         private = torch.ops.hebatron._linear_cross_entropy  # where the targets may not be read
         assert private(x, weight, targets, -100, "mean", backend).isnan()
+
+
+# one of each; odd sizes below and past a strip, a panel, a block of 512 entries and one of 256 tokens; nothing
+NATIVE = [(1, 1, 1), (5, 33, 113), (270, 24, 51), (50, 130, 1100), (9, 3, 1537), (0, 4, 9)]
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("tokens", "width", "entries"), NATIVE)
+def test_linear_cross_entropy_native_matches_oracle(isa, dtype, reduction, tokens, width, entries):
+    if tokens == 0 and reduction == "mean":
+        return  # refused: above
+    with testing.use_isa(isa):
+        args = [*make(tokens, width, entries), -100, reduction]
+        testing.check_oracle(hk.linear_cross_entropy, args, dtype, "native")
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy_native_gives_a_token_the_same_bits_in_any_batch(isa, dtype):
+    x, weight, targets = make(70, 40, 700, dtype, ignored=0)
+    with testing.use_isa(isa):
+        want = testing.run(hk.linear_cross_entropy, [x, weight, targets, -100, "none"], backend="native")
+        for count in (1, 2, 7, 64):
+            some = slice(3, 3 + count)
+            got = hk.linear_cross_entropy(x[some], weight, targets[some], reduction="none", backend="native")
+            assert torch.equal(got, want["out0"][some])
+            leaf = x[some].detach().requires_grad_()
+            loss = hk.linear_cross_entropy(leaf, weight, targets[some], reduction="none", backend="native")
+            upstream = torch.cos(torch.arange(70, dtype=torch.float64) * 0.7 + 1).float()[some]
+            assert torch.equal(torch.autograd.grad(loss, leaf, upstream)[0], want["grad0"][some])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy_native_does_not_depend_on_threads_or_runs(dtype):
+    args = [*make(300, 70, 1500, dtype), -100, "mean"]
+    want = testing.run(hk.linear_cross_entropy, args, backend="native")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, *[2] * 10):
+            torch.set_num_threads(threads)
+            got = testing.run(hk.linear_cross_entropy, args, backend="native")
+            assert all(torch.equal(got[name], want[name]) for name in want), threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_linear_cross_entropy_native_takes_strided_tensors_and_bad_ignored_rows(reduction):
+    x, weight, targets = make(40, 33, 90, torch.float32)
+    want = testing.run(hk.linear_cross_entropy, [x, weight, targets, -100, reduction], backend="native")
+    wide_targets = torch.full((40, 2), -7)
+    wide_targets[:, 1] = targets
+    bad = x.clone()
+    bad[targets == -100] = float("nan")
+    views = [testing.strided(bad), testing.strided(weight), wide_targets[:, 1], -100, reduction]
+    got = testing.run(hk.linear_cross_entropy, views, backend="native")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_linear_cross_entropy_native_registration_and_fullgraph(reduction):
+    args = [*make(10, 4, 6, torch.float32), -100, reduction]
+    testing.check_registration("linear_cross_entropy", *args, backend="native")
+    testing.check_fullgraph(hk.linear_cross_entropy, args, "native")
+    assert "-> native" in hk.explain(hk.linear_cross_entropy, *args)
+
+
+def test_linear_cross_entropy_native_refuses_a_dtype_and_survives_a_wrong_target():
+    x, weight, targets = make(4, 3, 5)
+    with pytest.raises(hk.BackendError, match="computes float32 and bfloat16, got float64"):
+        hk.linear_cross_entropy(x, weight, targets, backend="native")
+    private = torch.ops.hebatron._linear_cross_entropy  # where the targets may not be read
+    targets[1:3] = torch.tensor([5, -3])
+    found = private(x.float(), weight.float(), targets, -100, "none", "native")
+    assert found[1:3].isnan().all() and found[0].isfinite()
+
+
+def test_linear_cross_entropy_native_needs_a_few_megabytes():
+    # 131,072 entries of 2,688 in bf16, 1,024 tokens: all logits would be 512 MB in fp32, the weight is 705
+    numbers = dict(tokens=1024, entries=131072, width=2688, ignore_index=-100, dtype="bfloat16", workers=2)
+    pointers = dict(x=None, x_stride=2688, weight=None, weight_stride=2688, targets=None, targets_stride=1)
+    module, given = _native.cpu_module, {**numbers, **pointers, "lse": None}
+    assert module.linear_cross_entropy_fwd_workspace(**given, losses=None) < 4e6
+    backward = module.linear_cross_entropy_bwd_workspace(
+        **given, upstream=None, grad_x=None, grad_weight=None
+    )
+    assert backward < 16e6 + 1024 * 2688 * 4  # and grad_x in fp32
 
 
 BAD = [
