@@ -1,7 +1,9 @@
-"""What the benchmarks share: interleaved rivals, medians, a measured copy as the limit, and the machine they ran on."""
+"""What the benchmarks share: interleaved rivals, medians, a measured limit (a copy, or the peak of products), and the
+machine they ran on."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -13,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -39,8 +42,11 @@ def grouped_gemm_forms(compiled: Iterable[str], compute_capability: int) -> dict
 @dataclass
 class Case:
     name: str
-    bytes_moved: int
+    work: int  # bytes that must move once, or operations
     rivals: dict[str, Callable[[], object]]
+    limit: str = (
+        "copy"  # the rate the work is held against: of a DRAM copy, or of float32 or bfloat16 products
+    )
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -49,45 +55,83 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def interleaved(cases: list[Case], buffer_bytes: int, rounds: int = 15) -> list[dict]:
-    """Every rival of a case in turn, `rounds` times, with a DRAM copy between them; medians of the ratios."""
+@cache
+def _peak_library() -> ctypes.CDLL:
+    """bench/peak.cpp, compiled for this machine."""
+    library = ROOT / "build" / "bench" / "peak.so"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
+    flags = ["-O2", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, str(ROOT / "bench/peak.cpp"), "-o", str(library)], check=True)
+    found = ctypes.CDLL(str(library))
+    found.peak.restype, found.peak.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_int, ctypes.c_double]
+    return found
+
+
+def peak(limit: str) -> float:
+    """Operations a second of this CPU's products, on as many threads as torch uses; 20 ms. Without bfloat16
+    instructions such a product is two fp32 ones."""
+    rate = _peak_library().peak(limit == "bfloat16", torch.get_num_threads(), 0.02)
+    return rate or _peak_library().peak(0, torch.get_num_threads(), 0.02)
+
+
+def interleaved(cases: list[Case], buffer_bytes: int = 2**26, rounds: int = 15) -> list[dict]:
+    """Every rival of a case in turn, `rounds` times, and between them the case's limit; medians of the ratios."""
     source = torch.randn(buffer_bytes // 4)
     target = torch.empty_like(source)
+
+    def limit_rate(limit: str) -> float:
+        if limit != "copy":
+            return peak(limit)
+        return 2 * buffer_bytes / seconds(lambda: target.copy_(source))
+
     results = []
     for case in cases:
         for call in case.rivals.values():
             call()
-        target.copy_(source)
+        limit_rate(case.limit)
         times: dict[str, list[float]] = {name: [] for name in case.rivals}
-        copies = []
+        limits: dict[str, list[float]] = {name: [] for name in case.rivals}
         for _ in range(rounds):
+            before = limit_rate(case.limit)
             for name, call in case.rivals.items():
                 times[name].append(seconds(call))
-            copies.append(seconds(lambda: target.copy_(source)))
-        copy_rate = 2 * buffer_bytes / statistics.median(copies)
-        first = next(iter(times))
-        row: dict = {"case": case.name, "copy_gb_per_s": round(copy_rate / 1e9, 1)}
-        for name, taken in times.items():
-            rate = case.bytes_moved / statistics.median(taken)
-            ratio = statistics.median(t / f for t, f in zip(taken, times[first]))
-            row[name] = {
-                "ms": round(statistics.median(taken) * 1e3, 3),
-                "gb_per_s": round(rate / 1e9, 1),
-                "percent_of_copy": round(100 * rate / copy_rate),
-                f"times_slower_than_{first}": round(ratio, 2),
-            }
-        results.append(row)
+                after = limit_rate(case.limit)
+                limits[name].append((before + after) / 2)
+                before = after
+        results.append(_row(case, times, limits))
     return results
+
+
+def _row(case: Case, times: dict[str, list[float]], limits: dict[str, list[float]]) -> dict:
+    first = next(iter(times))
+    everywhere = [rate for taken in limits.values() for rate in taken]
+    row: dict = {
+        "case": case.name,
+        "limit": case.limit,
+        "limit_g_per_s": round(statistics.median(everywhere) / 1e9, 1),
+    }
+    for name, taken in times.items():
+        share = statistics.median(case.work / t / rate for t, rate in zip(taken, limits[name]))
+        ratio = statistics.median(t / f for t, f in zip(taken, times[first]))
+        row[name] = {
+            "ms": round(statistics.median(taken) * 1e3, 3),
+            "g_per_s": round(case.work / statistics.median(taken) / 1e9, 1),
+            "percent_of_limit": round(100 * share, 1),
+            f"times_slower_than_{first}": round(ratio, 2),
+        }
+    return row
 
 
 def show(results: list[dict]) -> None:
     for row in results:
-        print(f"{row['case']}  (copy {row['copy_gb_per_s']} GB/s)")
+        unit = "GB/s" if row["limit"] == "copy" else "GFLOP/s"
+        print(f"{row['case']}  ({row['limit']} {row['limit_g_per_s']} {unit})")
         for name, value in row.items():
             if isinstance(value, dict):
                 ms, rate, share, ratio = value.values()
                 print(
-                    f"    {name:<12} {ms:9.3f} ms  {rate:6.1f} GB/s  {share:4d} % of copy  {ratio:5.2f}x the time"
+                    f"    {name:<12} {ms:10.3f} ms  {rate:6.1f} {unit}  {share:5.1f} %  {ratio:5.2f}x the time"
                 )
 
 

@@ -1,0 +1,131 @@
+"""Attention at the model's head shape (32 query heads over 2, 128 wide): the C++ kernels against the torch form (SDPA).
+
+    OMP_PROC_BIND=true OMP_PLACES=cores python bench/bench_attention.py [--what prefill decode] [--out FILE.json]
+
+Prefill is held against the peak of products (causal: half of the square counts), decode against a DRAM copy, both
+measured between the rivals in the same run. Correctness is checked before timing. `--what long` runs 65,536 tokens
+once, forward and backward, and prints the peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+
+import torch
+from common import Case, interleaved, save, show
+from torch import Tensor
+from torch.nn import functional as F
+
+import hebatron_kernels as hk
+from hebatron_kernels import testing
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 2, 128
+# tokens, dtype, whether backward as well
+PREFILL = [
+    (512, torch.bfloat16, False),
+    (4096, torch.bfloat16, False),
+    (16384, torch.bfloat16, False),
+    (4096, torch.float32, False),
+    (512, torch.bfloat16, True),
+    (4096, torch.bfloat16, True),
+    (4096, torch.float32, True),
+]
+# sequences, tokens in the cache
+DECODE = [(1, 512), (1, 8192), (8, 2048)]
+
+
+def make(tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(tokens, heads, HEAD_DIM).to(dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+def prefill(tokens: int, dtype: torch.dtype, backward: bool) -> list[Case]:
+    """The forward, or the backward alone: its graph is made once and kept."""
+    qkv = make(tokens, dtype)
+    pairs = tokens * (tokens + 1) // 2
+    name = f"{str(dtype).removeprefix('torch.')} T={tokens} {'backward' if backward else 'forward'}"
+    limit = str(dtype).removeprefix("torch.")
+    if not backward:
+        sdpa = [x.transpose(0, 1)[None].contiguous() for x in qkv]
+        rivals: dict[str, Callable[[], object]] = {
+            "native": lambda: hk.attention_prefill(*qkv, backend="native"),
+            "torch form": lambda: hk.attention_prefill(*qkv, backend="torch"),
+            "SDPA": lambda: F.scaled_dot_product_attention(*sdpa, is_causal=True, enable_gqa=True),
+        }
+        return [Case(name, 4 * HEADS * HEAD_DIM * pairs, rivals, limit)]
+    leaves = [x.requires_grad_() for x in qkv]
+    upstream = torch.randn_like(qkv[0])
+
+    def timed(backend: str) -> Callable[[], object]:
+        out = hk.attention_prefill(*leaves, backend=backend)
+        return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+
+    rivals = {"native": timed("native"), "torch form": timed("torch")}
+    return [Case(name, 10 * HEADS * HEAD_DIM * pairs, rivals, limit)]
+
+
+def decode(sequences: int, tokens: int) -> Case:
+    block_size, blocks = 64, tokens // 64 + 1
+    args = [x.view(sequences, -1, HEAD_DIM) for x in make(sequences, torch.bfloat16)]
+    cache = torch.randn(2, sequences * blocks, block_size, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    table = torch.randperm(sequences * blocks, dtype=torch.int32).view(sequences, blocks)
+    lengths = torch.full((sequences,), tokens, dtype=torch.int32)
+    rivals = {
+        name: lambda b=backend: hk.attention_decode(*args, cache, table, lengths, backend=b)
+        for name, backend in (("native", "native"), ("torch form", "torch"))
+    }
+    size = 2 * sequences * (tokens + 1) * KV_HEADS * HEAD_DIM * 2
+    return Case(f"decode bfloat16 {sequences} x {tokens}", size, rivals)
+
+
+def long(tokens: int = 65536) -> None:
+    qkv = [x.requires_grad_() for x in make(tokens, torch.bfloat16)]
+    upstream = torch.randn(tokens, HEADS, HEAD_DIM).bfloat16()
+    begin = time.perf_counter()
+    out = hk.attention_prefill(*qkv, backend="native")
+    middle = time.perf_counter()
+    grads = torch.autograd.grad(out, qkv, upstream)
+    end = time.perf_counter()
+    assert all(x.isfinite().all() for x in (out, *grads))
+    work = 2 * HEADS * HEAD_DIM * tokens * (tokens + 1)
+    for name, taken, operations in (
+        ("forward", middle - begin, work),
+        ("backward", end - middle, 2.5 * work),
+    ):
+        print(f"{tokens} tokens {name}: {taken:.1f} s, {operations / taken / 1e9:.0f} GFLOP/s")
+    print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--what", nargs="+", choices=["prefill", "decode", "long"], default=["prefill", "decode"]
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", help="only these lengths of prefill")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", default=None)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    results = []
+    for tokens, dtype, backward in PREFILL if "prefill" in options.what else []:
+        if options.tokens and tokens not in options.tokens:
+            continue
+        check = [torch.randn(90, h, HEAD_DIM) for h in (HEADS, KV_HEADS, KV_HEADS)]
+        testing.check_oracle(
+            hk.attention_prefill, [*check, *[None] * 2, True, None, None], dtype, "native", factor=3
+        )
+        results += interleaved(prefill(tokens, dtype, backward), rounds=options.rounds)
+        show(results[-1:])
+    for sequences, tokens in DECODE if "decode" in options.what else []:
+        results += interleaved([decode(sequences, tokens)], rounds=options.rounds)
+        show(results[-1:])
+    if "long" in options.what:
+        long()
+    if options.out:
+        save(options.out, results)
+
+
+if __name__ == "__main__":
+    main()
