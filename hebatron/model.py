@@ -430,14 +430,14 @@ class Hebatron(nn.Module):
                 where a sequence is shorter.
             loss_reduction: "mean" over the targets that count, "sum", or "none": one loss for each real token, 0
                 where the target is ignored.
-            embedding_noise: (T, D), added to the embeddings of documents packed with cu_seqlens.
+            embedding_noise: (T, D), added to the embeddings of documents packed with cu_seqlens, in training.
 
         Raises:
             ValueError: naming the argument, what was expected and what came; the cache is then as it was.
         """
         tokens = (input_ids, attention_mask, cu_seqlens)
         packed = _enter(self.config, self.device, *tokens, cache, labels, logits_to_keep, loss_reduction)
-        self._check_noise(embedding_noise, packed, cu_seqlens)
+        self._check_noise(embedding_noise, packed, cu_seqlens is not None, cache is not None)
         if cache is None:
             return self._forward(packed, None, None, logits_to_keep, loss_reduction, embedding_noise)
         with torch.no_grad():
@@ -487,14 +487,14 @@ class Hebatron(nn.Module):
                 aux.append(stats)
         return self.backbone.norm_f(x_TD), aux
 
-    def _check_noise(self, noise: Tensor | None, packed: Packed, cu_seqlens: Tensor | None) -> None:
-        right = noise is None or (self.training and cu_seqlens is not None)
-        _must(right, "embedding_noise", "come in training, with cu_seqlens", "none of one")
-        shape, got = (
-            (len(packed.ids_T), self.config.hidden_size),
-            None if noise is None else tuple(noise.shape),
-        )
-        _must(got in (None, shape), "embedding_noise", f"have shape {shape}", got)
+    def _check_noise(self, noise: Tensor | None, packed: Packed, flat: bool, cached: bool) -> None:
+        if noise is None:
+            return
+        told = f"training={self.training}, cu_seqlens={flat}, cache={cached}"
+        right = self.training and flat and not cached
+        _must(right, "embedding_noise", "come in training, with cu_seqlens and without cache", told)
+        shape, got = (len(packed.ids_T), self.config.hidden_size), tuple(noise.shape)
+        _must(got == shape, "embedding_noise", f"have shape {shape}", got)
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         logits_TV = self.lm_head(x_TD)

@@ -40,7 +40,7 @@ def add_adapters(model: Hebatron, config: LoraConfig, seed: int) -> None:
 
     Args:
         seed: of the fresh A's.
-    Raises: ValueError where peft is not installed, a target is no projection, or nothing is left to adapt.
+    Raises: ValueError where peft is not installed, a target is no projection, or dropout meets experts.
     """
     peft = _peft()
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear)}

@@ -207,14 +207,16 @@ class PlainReporter:
 
 
 class LiveReporter:
-    """A panel that redraws in place: loss, bits per byte by source, rate, speed, phase, expert loads."""
+    """A panel that redraws in place: loss, bits per byte by source, chat loss, rate, speed, phase, expert loads."""
 
     def __init__(self, total_steps: int, title: str) -> None:
         self.total_steps, self.title = total_steps, title
         self.losses: deque[float] = deque(maxlen=60)
         self.last: Record | None = None
         self.load: Sequence[Sequence[int]] = ()
-        self.bpb: dict[str, list[float]] = {}
+        self.measured: dict[
+            str, list[float]
+        ] = {}  # bits per byte and chat losses, by the names they are shown under
         self.sample: Record | None = None
         self.live: Live | None = None
 
@@ -245,8 +247,9 @@ class LiveReporter:
 
     def event(self, record: Record) -> None:
         if record["kind"] == "eval":
-            for source, value in record["bpb"].items():
-                self.bpb.setdefault(source, []).append(value)
+            for what, values in (("bpb", record["bpb"]), ("chat loss", record.get("chat_loss", {}))):
+                for name, value in values.items():
+                    self.measured.setdefault(f"{what} {name}", []).append(value)
             for line in record.get("alarms", ()):
                 self.note(f"ALARM step {record['step']}  {line}")
         elif record["kind"] == "alarm":
@@ -281,8 +284,8 @@ class LiveReporter:
         body = Table.grid(padding=(0, 2))
         if self.losses:
             body.add_row("loss", f"{self.losses[-1]:.4f}", sparkline(self.losses))
-        for source, values in self.bpb.items():
-            body.add_row(Text(f"bpb {printable_name(source)}"), f"{values[-1]:.3f}", sparkline(values[-60:]))
+        for name, measured in self.measured.items():
+            body.add_row(Text(printable_name(name)), f"{measured[-1]:.3f}", sparkline(measured[-60:]))
         for layer, (stats, counts) in enumerate(zip(last["router"], self.load, strict=True)):
             body.add_row(
                 f"experts {layer}",

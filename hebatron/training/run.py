@@ -17,6 +17,7 @@ from ..config import ModelConfig
 from ..curriculum.build import build_plan
 from ..curriculum.plan import Batch, Plan, Step
 from ..data.corpus import Corpus
+from ..files import replace_text
 from ..model import Hebatron
 from ..presets import PRESETS
 from ..tokenizer import Tokenizer, load_tokenizer
@@ -261,17 +262,20 @@ def headline(run: Run) -> str:
 
 def write_config(config: RunConfig) -> None:
     """The resolved tree as run_dir/config.json."""
-    path = config.run_dir / "config.json"
-    tmp = path.with_name(f".tmp-{path.name}")
-    tmp.write_text(json.dumps(to_table(config), indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(tmp, path)
+    text = json.dumps(to_table(config), indent=1, ensure_ascii=False)
+    replace_text(config.run_dir / "config.json", text)
 
 
 def save_tokenizer(run: Run) -> None:
     """The tokenizer as run_dir/tokenizer: with it, a run folder can be used wherever it is moved to."""
     folder, tmp = run.config.run_dir / TOKENIZER, run.config.run_dir / f".tmp-{TOKENIZER}"
-    if folder.exists() and load_tokenizer(folder).fingerprint == run.tokenizer.fingerprint:
-        return
+    if folder.exists():
+        saved = load_tokenizer(folder)
+        if (saved.fingerprint, saved.chat_template) == (
+            run.tokenizer.fingerprint,
+            run.tokenizer.chat_template,
+        ):
+            return
     for left in (tmp, folder):
         if left.exists():
             shutil.rmtree(left)

@@ -24,7 +24,7 @@ from typing import Any
 from ..curriculum.phases import Curriculum
 from ..curriculum.presets import CURRICULA
 from ..presets import PRESETS
-from .sections import CONDITIONS, CorpusConfig, RunConfig, SftConfig
+from .sections import CONDITIONS, CorpusConfig, CurriculumConfig, RunConfig, SftConfig
 from .trees import did_you_mean, from_table, to_table
 
 # ---------------------------------------------------------------- reading
@@ -175,6 +175,8 @@ def resolve_phases(config: RunConfig) -> RunConfig:
     """The run with the phases of its curriculum.preset written out behind its own; one that has them is kept."""
     section = config.curriculum
     if section.preset is None:
+        if section != CurriculumConfig():
+            raise ValueError("curriculum.preset must be given for the rest of [curriculum], got none")
         return config
     if section.preset not in CURRICULA:
         hint = did_you_mean(section.preset, CURRICULA)

@@ -82,7 +82,6 @@ def train(
         raise ValueError(f"train: stop_after must be >= 1, got {stop_after}")
     check_run_config(config)
     with run_lock(config.run_dir), stop_on_signals() as stopping, torch.random.fork_rng(devices=[]):
-        # Nothing draws from the global generator today; what will one day is in the checkpoint already.
         torch.manual_seed(config.training.seed)
         run = open_run(config)
         notices = resume(run, force)
@@ -155,6 +154,8 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
     lr = step_learning_rate(config, run.steps, run.step)
     set_learning_rate(run.optimizer, lr)
     run.optimizer.zero_grad(set_to_none=True)
+    if run.model.draws_random_numbers:  # dropout of step and seed alone: a checkpoint has no GPU's generator
+        torch.manual_seed((settings.seed + run.step) % 2**63)
 
     mine = rank_rows(
         step.rows, rank=0, world_size=1

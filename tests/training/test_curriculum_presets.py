@@ -147,6 +147,11 @@ def test_a_resolved_run_stays_as_it_is_and_phases_before_it_stay_first(tmp_path:
         ("he = 2.0", "hb = 2.0", r"phases\[1\].sources.hb must name one of data.corpora"),
         ("formal = {", "formel = {", "curriculum: sources must be of formal, colloquial, long, got"),
         ("scale = 1e-6", "scal = 1e-6", r"curriculum.scal must be one of .*; did you mean 'scale'\?"),
+        (
+            'preset = "hebatron"\n',
+            "",
+            "curriculum.preset must be given for the rest of .curriculum., got none",
+        ),
         ("[anchor]\nen = 1.0", "", r"phases\[0\].anchor_share must be 0 without \[anchor\], got 0.25"),
         ("[anchor]", BASE.replace('"base"', '"long"') + "[anchor]", "different names, got"),
     ],

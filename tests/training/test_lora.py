@@ -139,7 +139,7 @@ def test_adapters_keep_fp32_under_bf16_compute() -> None:
 def test_recomputed_layers_drop_what_they_dropped(dropout: float) -> None:
     gradients = []
     for recompute in (False, True):
-        model = adapted(LoraConfig(rank=3, dropout=dropout, experts=False))
+        model = adapted(LoraConfig(rank=3, dropout=dropout, experts=not dropout))
         model.activation_checkpointing = recompute
         torch.manual_seed(5)
         model(IDS, labels=IDS.roll(-1, 1)).loss.backward()

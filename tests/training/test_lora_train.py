@@ -87,6 +87,16 @@ def test_resume_at_every_step_equals_the_uninterrupted_run_bitwise(whole: RunCon
     assert (tmp_path / name).read_bytes() == (whole.run_dir / name).read_bytes()
 
 
+def test_dropout_of_a_step_depends_on_seed_and_step_alone(root: Path, tmp_path: Path) -> None:
+    found = []
+    for drawn in (0, 7):
+        run = open_run(lora_config(root, tmp_path, DROPOUT))
+        with torch.random.fork_rng(devices=[]):
+            torch.rand(drawn)  # a resumed run's generator on a GPU is not where the uninterrupted one's was
+            found.append([train_step(run)[0]["grad_norm"] for _ in range(2)])
+    assert found[0] == found[1] and found[0][0] != found[0][1]
+
+
 def test_final_model_is_the_merged_one(whole: RunConfig, tmp_path: Path) -> None:
     run = open_run(replace(whole, run_dir=tmp_path))
     load_checkpoint(whole.run_dir / f"checkpoints/step-{STEPS:06d}", run.model, run.optimizer)

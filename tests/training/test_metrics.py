@@ -87,7 +87,7 @@ def test_live_reporter_shows_loss_sources_phase_and_expert_loads() -> None:
     reporter = LiveReporter(total_steps=4, title="run")
     for record in (step(1), step(2, skipped=True)):
         reporter.step(record, [[3, 1, 0, 4]])
-    reporter.event(EVAL)
+    reporter.event({**EVAL, "chat_loss": {"task/qa": 1.25}})
     reporter.event(SAMPLE)
     console = Console(file=io.StringIO(), width=100, record=True)
     assert reporter.last is not None
@@ -95,6 +95,7 @@ def test_live_reporter_shows_loss_sources_phase_and_expert_loads() -> None:
     text = console.export_text()
     for part in ("step 2/4", "base", "ETA 1:15", "640 tok/s", "grad not finite", "5.0000", "bpb he", "2.000"):
         assert part in text
+    assert "chat loss task/qa" in text and "1.250" in text
     assert "experts 0" in text and load_bars([3, 1, 0, 4]) in text and "שלום עולם [b]" in text
     assert [
         line for line in text.splitlines() if "loss" in line and "━" in line

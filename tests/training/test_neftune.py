@@ -70,19 +70,23 @@ def test_trainer_adds_noise_where_the_run_file_says(run: Run) -> None:
     assert losses[1] == losses[2] and abs(losses[0] - losses[1]) > 1e-4
 
 
+RULE = "embedding_noise must come in training, with cu_seqlens and without cache, got "
+
+
 @pytest.mark.parametrize(
-    ("training", "packed", "shape", "message"),
+    ("training", "packed", "cached", "shape", "message"),
     [
-        (False, True, (6, 64), "embedding_noise must come in training, with cu_seqlens, got none of one"),
-        (True, False, (6, 64), "embedding_noise must come in training, with cu_seqlens, got none of one"),
-        (True, True, (6, 63), r"embedding_noise must have shape \(6, 64\), got \(6, 63\)"),
+        (False, True, False, (6, 64), RULE + "training=False, cu_seqlens=True, cache=False"),
+        (True, False, False, (6, 64), RULE + "training=True, cu_seqlens=False, cache=False"),
+        (True, True, True, (6, 64), RULE + "training=True, cu_seqlens=True, cache=True"),
+        (True, True, False, (6, 63), r"embedding_noise must have shape \(6, 64\), got \(6, 63\)"),
     ],
 )
 def test_noise_elsewhere_is_refused(
-    training: bool, packed: bool, shape: tuple[int, int], message: str
+    training: bool, packed: bool, cached: bool, shape: tuple[int, int], message: str
 ) -> None:
     model = Hebatron(presets.tiny(64)).train(training)
     cu_seqlens = torch.tensor([0, 6], dtype=torch.int32) if packed else None
-    ids = torch.arange(6) if packed else torch.arange(6)[None]
+    ids, cache = torch.arange(6) if packed else torch.arange(6)[None], model.new_cache(1) if cached else None
     with pytest.raises(ValueError, match=message):
-        model(ids, cu_seqlens=cu_seqlens, embedding_noise=torch.zeros(shape))
+        model(ids, cu_seqlens=cu_seqlens, cache=cache, embedding_noise=torch.zeros(shape))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from chat_toy import ANSWERS, chat_config, write_chats
-from toy import assert_same_run, toy_train
+from toy import Silent, assert_same_run, toy_train
 
 from hebatron.chat.chat_data import chat_loss, open_chats
 from hebatron.model import Hebatron
@@ -17,9 +17,13 @@ from hebatron.tokenizer import load_tokenizer
 from hebatron.training.checkpoint import checkpoints
 from hebatron.training.metrics import PlainReporter, read_metrics
 from hebatron.training.run import Run, open_run
-from hebatron.training.train import evaluate_chats, sample, train_step
+from hebatron.training.train import evaluate_chats, sample, train, train_step
 
 pytest.importorskip("jinja2")
+PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -233,15 +237,19 @@ def test_resume_refuses_other_chats_naming_the_difference(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("plain.jinja").write_text(
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        encoding="utf-8",
-    )
+    Path("plain.jinja").write_text(PLAIN, encoding="utf-8")
     toy_train(chat_config(root, tmp_path / "run"), stop_after=1)
     with pytest.raises(ValueError, match=message):
         toy_train(chat_config(root, tmp_path / "run", **change))
     assert [folder.name for folder in checkpoints(tmp_path / "run/checkpoints")] == ["step-000001"]
+
+
+def test_the_run_folders_tokenizer_takes_the_template_of_a_forced_resume(root: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain.jinja"
+    plain.write_text(PLAIN, encoding="utf-8")
+    toy_train(chat_config(root, tmp_path / "run"), stop_after=1)
+    train(chat_config(root, tmp_path / "run", template=str(plain)), 2, force=True, reporter=Silent())
+    assert load_tokenizer(tmp_path / "run/tokenizer").chat_template == PLAIN
 
 
 # ---------------------------------------------------------------- what it leaves
