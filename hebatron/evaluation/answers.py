@@ -11,7 +11,7 @@ from decimal import Decimal
 from ..data.hebrew import normalize
 
 _NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?|[-−]?\.\d+")
-_MARKED = re.compile(r"####\s*([-−]?[\d,.]*\d)")
+_MARKED = re.compile(rf"####\s*({_NUMBER.pattern})")
 
 
 def plain(text: str) -> str:
@@ -48,7 +48,7 @@ def number(text: str) -> Decimal | None:
     """
     marked = _MARKED.search(text)
     found = [marked[1]] if marked else _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("−", "-").rstrip(".")) if found else None
+    return Decimal(found[-1].replace(",", "").replace("−", "-")) if found else None
 
 
 def number_match(text: str, answers: Sequence[str]) -> float:

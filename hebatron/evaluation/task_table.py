@@ -25,7 +25,7 @@ class Task:
     Attributes:
         kind: "choice", by likelihood; "text", written out.
         prompt: what comes before an answer. Names in braces are fields, and `options` the lettered choices; a line
-            with a passage or a topic is left out where a record has none.
+            of a passage or a topic alone is left out where a record has none.
         example: a record.
         fields: name in the prompt, or choices, labels, gold or answers -> where it is in a record: "a|b" tries both,
             "a.b" goes into an object, several names make a list. A name that is not here stands for itself.

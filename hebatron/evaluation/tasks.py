@@ -21,7 +21,10 @@ from .task_table import HEBREW_LETTERS, LATIN_LETTERS, TASKS, Fields, Task
 
 SUFFIXES = (".jsonl", ".jsonl.zst")
 Record = dict[str, Any]
-OPTIONAL = ("passage", "topic")  # fields whose line of the prompt goes where a record lacks them
+OPTIONAL = (
+    "passage",
+    "topic",
+)  # fields whose line of the prompt, if it has no other, goes where a record lacks them
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,10 @@ class Example:
         return self.choices[self.gold] if self.choices else self.answers[0]
 
     def same_as(self, other: Example) -> bool:
-        return (self.prompt, self.right) == (other.prompt, other.right)
+        """Whether `other` answers this question: the same prompt, and among choices one in common, for a prompt may
+        be the same words for all."""
+        shared = not self.choices or set(self.choices) & set(other.choices)
+        return self.prompt == other.prompt and bool(shared)
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ def _prompt(record: Record, task: Task, made: dict[str, str]) -> str:
         missing = [role for role in roles if values[role] is None]
         if not missing:
             lines.append(line.format(**values))
-        elif missing[0] not in OPTIONAL:
+        elif missing[0] not in OPTIONAL or len(roles) > 1:
             raise _BadRecord(f'must have a text in "{_shown(task.fields, missing[0])}", got {_keys(record)}')
     return "\n".join(lines)
 

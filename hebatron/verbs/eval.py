@@ -48,6 +48,7 @@ def run(arguments: Arguments) -> int:
 
     if not (arguments.corpora or arguments.tasks or arguments.lm_eval):
         raise ValueError("eval: a CORPUS, --tasks or --lm-eval must be given, got none")
+    _refuse_unread(arguments)
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise ValueError(f"eval: --out must be in a folder that exists, got {arguments.out}")
     if arguments.lm_eval:
@@ -64,6 +65,25 @@ def run(arguments: Arguments) -> int:
     if arguments.out is not None:
         replace_text(arguments.out, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
     return 0
+
+
+def _refuse_unread(arguments: Arguments) -> None:
+    """Raises where an option is given that nothing asked for would read."""
+    asked = {
+        "a CORPUS": (arguments.corpora, ("max_tokens",)),
+        "--tasks": (arguments.tasks, ("task",)),
+        "--lm-eval": (arguments.lm_eval, ("include_path",)),
+        "--tasks or --lm-eval": (
+            arguments.tasks or arguments.lm_eval,
+            ("shots", "limit", "chat", "template"),
+        ),
+    }
+    for needed, (given, names) in asked.items():
+        for name in names:
+            value = getattr(arguments, name)
+            if not given and value is not None and value is not False:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"eval: {needed} must be given with {option}, got none")
 
 
 def _corpora(arguments: Arguments, model: Hebatron, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:

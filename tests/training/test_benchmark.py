@@ -186,6 +186,28 @@ def test_eval_asks_through_a_template(
     assert "template must be nemotron3 or a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        (["corpus", "--shots", "0"], "--tasks or --lm-eval must be given with --shots, got none"),
+        (["corpus", "--limit", "3"], "--tasks or --lm-eval must be given with --limit, got none"),
+        (["corpus", "--chat"], "--tasks or --lm-eval must be given with --chat, got none"),
+        (
+            ["corpus", "--template", "nemotron3"],
+            "--tasks or --lm-eval must be given with --template, got none",
+        ),
+        (["corpus", "--task", "copa_heb"], "--tasks must be given with --task, got none"),
+        (["corpus", "--include-path", "x"], "--lm-eval must be given with --include-path, got none"),
+        (["--tasks", "x", "--max-tokens", "5"], "a CORPUS must be given with --max-tokens, got none"),
+    ],
+)
+def test_eval_refuses_an_option_that_nothing_reads(
+    given: list[str], needed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", "none", *given]) == 2
+    assert needed in capsys.readouterr().err
+
+
 def test_eval_refuses_before_it_opens_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert "a CORPUS, --tasks or --lm-eval must be given, got none" in capsys.readouterr().err

@@ -86,6 +86,13 @@ def test_a_line_with_an_optional_field_goes_without_it() -> None:
     )
 
 
+def test_a_line_with_more_than_an_optional_field_is_never_left_out() -> None:
+    record = {key: value for key, value in TASKS["hellaswag"].example.items() if key != "activity_label"}
+    with pytest.raises(ValueError, match='must have a text in "activity_label", got fields'):
+        read_record(record, TASKS["hellaswag"], "x")
+    assert read_record(record, TASKS["hellaswag_heb"], "x").prompt == record["ctx"]
+
+
 def test_answers_may_be_many_numbers_or_none() -> None:
     heq = TASKS["heq"]
     record = {"context": "א", "question": "ב"}
@@ -191,6 +198,15 @@ def test_shots_are_never_the_item_nor_its_repeat() -> None:
         assert len(shown) == 7 and not any(one.same_as(item) for one in shown)
     first, *others = choose_shots(pool, pool, 3, seed=1)
     assert sum(shown == first for shown in others) >= 4  # nearly all items have the same ones
+
+
+def test_shots_never_show_the_question_with_another_answer() -> None:
+    asked = Example("f:0", "מתי?", answers=("1934",))
+    assert asked.same_as(Example("f:1", "מתי?", answers=("בשנת 1934",)))
+    assert not asked.same_as(Example("f:1", "איפה?", answers=("1934",)))
+    choice = Example("f:0", "מה?", ("א", "ב"), 0)
+    assert choice.same_as(Example("f:1", "מה?", ("ב", "ג"), 1))
+    assert not choice.same_as(Example("f:1", "מה?", ("ג", "ד"), 1))  # a prompt that says nothing of its own
 
 
 def test_shots_depend_on_the_seed_and_the_pool_alone() -> None:
