@@ -162,7 +162,11 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
             yield f"  {name}: {ledger[name]}"
     yield f"exact duplicates: {found['exact_duplicates']:,}"
     near = found["near_duplicates"]
-    if near is not None:
+    if near is None:
+        read = any("words" in counts for counts in found["languages"].values())
+        needed = 'pip install "hebatron[data]"' if read else "give --tokenizer"
+        yield f"near-duplicates: not compared; {needed}"
+    else:
         share = near["documents"] / found["documents"]
         yield f"near-duplicates at {near['threshold']}: {near['documents']:,} documents ({share:.1%})"
         for pair in near["examples"]:

@@ -25,6 +25,8 @@ def downloaded(name: str) -> list[Path]:
     path, _, split = name.partition("@")
     if not path:
         raise ValueError("prepare: hf: must be followed by a name, got none")
+    if "[" in split:  # its files hold the rows outside the slice too
+        raise ValueError(f"prepare: hf: must name whole splits, got {split}")
     loaded = datasets.load_dataset(path, split=split or None)
     parts = [loaded[key] for key in sorted(loaded)] if isinstance(loaded, dict) else [loaded]
     files = [Path(entry["filename"]) for part in parts for entry in part.cache_files]

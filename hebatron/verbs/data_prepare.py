@@ -16,7 +16,9 @@ def register(group: VerbGroup) -> None:
     prepare = add_verb(
         group, "prepare", run, "tokenise .txt, .jsonl(.zst), .parquet and .arrow files into a corpus"
     )
-    prepare.add_argument("inputs", metavar="IN", nargs="+", type=Path, help="files, or folders of them")
+    prepare.add_argument(
+        "inputs", metavar="IN", nargs="+", type=Path, help="files, folders of them, or hf:NAME[@SPLIT]"
+    )
     prepare.add_argument("--out", required=True, type=Path, help="the corpus folder to write")
     tokenizer = prepare.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json")

@@ -30,6 +30,21 @@ def test_data_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--samples must be at least 0, got -1" in capsys.readouterr().err
 
 
+def test_data_inspect_says_what_it_could_not_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a b c"}) + "\n")
+    tokenizer = train_bpe(["a b c"], 270)
+    tokenizer.save(tmp_path / "tok")
+    prepare([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    command = ["data", "inspect", str(tmp_path / "out")]
+    assert main([*command, "--tokenizer", str(tmp_path / "tok")]) == 0
+    assert 'near-duplicates: not compared; pip install "hebatron[data]"' in capsys.readouterr().out
+    assert main(command) == 0
+    assert "near-duplicates: not compared; give --tokenizer" in capsys.readouterr().out
+
+
 def test_data_inspect_json_counts_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("datasketch")
     base = " ".join(f"מילה{n}" for n in range(60))

@@ -151,3 +151,5 @@ def test_prepare_reads_a_folder_that_datasets_saved(
     monkeypatch.setattr(datasets, "load_dataset", lambda path, split: {"train": Downloaded()})
     report = prepare(["hf:some/name"], tmp_path / "hub", tokenizer)
     assert report.documents == 2
+    with pytest.raises(ValueError, match=r"hf: must name whole splits, got train\[:1\]"):
+        prepare(["hf:some/name@train[:1]"], tmp_path / "slice", tokenizer)

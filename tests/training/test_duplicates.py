@@ -66,6 +66,15 @@ def test_similarity_is_the_jaccard_index_of_the_runs() -> None:
     assert worst < 0.15  # 128 permutations: standard error at most 0.044
 
 
+def test_signatures_share_their_permutations() -> None:
+    """Drawn anew for each text they cost 14 ms of it, 2,000 times the signature itself."""
+    near = NearDuplicates()
+    for words in ("אחת שתיים", "שלוש ארבע"):
+        assert near.add(words) is None
+    first, second = near._signatures
+    assert first.permutations is second.permutations
+
+
 def test_unrelated_texts_are_hardly_ever_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts are hashed once each, and compared with the few that share a band, not with all before them."""
     import datasketch
