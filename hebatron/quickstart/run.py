@@ -22,6 +22,7 @@ from hebatron.curriculum.build import build_plan
 from hebatron.data.corpus import Corpus
 from hebatron.data.prepare import prepare
 from hebatron.doctor import examine
+from hebatron.files import replace_text
 from hebatron.model import Hebatron
 from hebatron.quickstart import chats
 from hebatron.quickstart import corpus as texts
@@ -39,7 +40,6 @@ from hebatron.quickstart.report import render
 from hebatron.quickstart.settings import BASE, Settings, chat_config, run_config
 from hebatron.report.figures import plot
 from hebatron.report.history import LANGUAGE_NAMES
-from hebatron.report.page import write_page
 from hebatron.sizes import describe
 from hebatron.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from hebatron.training.metrics import LiveReporter, PlainReporter, Record, Reporter, read_metrics
@@ -145,7 +145,7 @@ def quickstart(
         speed=speed,
     )
     report = out / "report.html"
-    write_page(report, render(findings))
+    replace_text(report, render(findings))
     minutes = sum(seconds for _, seconds in journal.stages) / 60
     print(f"\n{total_steps} + {told.steps} steps, {minutes:.1f} minutes. Report: {report.resolve()}")
     print(f"Talk to it: hebatron chat {export.folder}")

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..files import replace_text
 from ..training.metrics import printable_name
 from ..training.trees import differences, to_table
 from . import html
 from .charts import comparison_charts
 from .history import History, load_histories, mean, mean_groups, seed_groups, spread, together
-from .page import order_name, write_page
+from .page import order_name
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path) -> Path:
     absent = [
         f"{name}: {line}" for history, name in zip(histories, names, strict=True) for line in history.absent
     ]
-    write_page(out, html.page(f"{len(names)} runs compared", html.notices(absent), sections))
+    replace_text(out, html.page(f"{len(names)} runs compared", html.notices(absent), sections))
     return out
 
 

@@ -30,6 +30,7 @@ NEEDED = {
     "step": ("phase", "loss", "lr", "tokens", "skipped"),
     "eval": ("phase", "bpb"),
     "sample": ("prompt", "text"),
+    "alarm": ("phase", "what", "rows", "documents"),
 }
 
 

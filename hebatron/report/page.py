@@ -7,14 +7,13 @@ A part that the run folder cannot fill says what is absent.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..curriculum.plan import Plan
-from ..files import fsync
+from ..files import replace_text
 from ..sizes import count_parameters
 from ..training.metrics import Record, duration
 from ..training.runconfig import config_hash, describe
@@ -30,15 +29,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """The page of a run (default: run_dir/report.html), written whole or not at all. Returns its path."""
     history = load_history(run_dir)
     path = run_dir / "report.html" if out is None else out
-    write_page(path, html.page(run_dir.resolve().name, *render(history)))
+    replace_text(path, html.page(run_dir.resolve().name, *render(history)))
     return path
-
-
-def write_page(path: Path, page: str) -> None:
-    tmp = path.with_name(f".tmp-{path.name}")
-    tmp.write_text(page, encoding="utf-8")
-    fsync(tmp)
-    os.replace(tmp, path)
 
 
 def render(history: History) -> tuple[str, list[Section]]:
@@ -142,14 +134,26 @@ def change_tile(history: History, name: str, sources: Sequence[str]) -> tuple[st
 
 
 def alarms(history: History) -> str:
-    raised = [record for record in history.evals if record.get("alarms")]
-    if not raised:
-        return html.soft(f"None in {len(history.evals)} evaluations.")
-    rows = [(str(r["step"]), html.text(r["phase"]), html.text(line)) for r in raised for line in r["alarms"]]
-    last = sum(row[0] == str(history.evals[-1]["step"]) for row in rows)
-    note = f"In {len(raised)} of {len(history.evals)} evaluations; {last} at the last one."
-    table = html.table(("step", "phase", "alarm"), rows, (0,))
+    """Of evaluations, and of single steps with the rows and documents they read."""
+    rows = [(r["step"], r["phase"], line, "") for r in history.evals for line in r.get("alarms", ())]
+    of_steps = history.of_kind("alarm")
+    rows += [(r["step"], r["phase"], r["what"], read_by(r)) for r in of_steps]
+    if not rows:
+        return html.soft(f"None in {len(history.all_steps)} steps and {len(history.evals)} evaluations.")
+    raised = sum(bool(record.get("alarms")) for record in history.evals)
+    last = len(history.evals[-1].get("alarms", ())) if history.evals else 0
+    note = (
+        f"In {raised} of {len(history.evals)} evaluations, {last} at the last one; {len(of_steps)} of a step."
+    )
+    cells = [(str(step), *map(html.text, rest)) for step, *rest in sorted(rows, key=lambda row: row[0])]
+    table = html.table(("step", "phase", "alarm", "what it read"), cells, (0,))
     return f'<p><span class="bad">{note}</span></p>' + folded(f"{len(rows)} alarms", table, len(rows) > 8)
+
+
+def read_by(alarm: Record) -> str:
+    first, last = alarm["rows"]
+    documents = "; ".join(f"{name}: {', '.join(some)}" for name, some in alarm["documents"].items())
+    return f"rows {first} to {last}; {documents}"
 
 
 def folded(summary: str, body: str, fold: bool = True) -> str:

@@ -13,8 +13,8 @@ import pytest
 from run_records import evaluation, step, write
 from toy import toy_config, toy_train, write_corpora
 
+from hebatron import files
 from hebatron.cli import main
-from hebatron.report import page as report
 from hebatron.report.charts import load_image
 from hebatron.report.page import write_report
 from hebatron.training.metrics import METRICS
@@ -183,6 +183,21 @@ def test_report_of_chats_shows_masks_and_loss(tmp_path: Path) -> None:
     assert any("held-out chats" in svg for svg in page.svgs)
 
 
+def test_report_shows_the_alarms_of_steps_with_their_documents(tmp_path: Path) -> None:
+    alarm = {
+        "kind": "alarm",
+        "step": 1,
+        "phase": "base",
+        "what": "loss 9.0 is 7.1 sigma over the 5.0",
+        "rows": [4, 7],
+        "documents": {"he": ["law/17", HOSTILE[:-1]]},
+    }
+    page = Page(write_report(write(tmp_path, [step(1), alarm, step(2), evaluation(2)])))
+    check_self_contained(page)
+    assert "7.1 sigma" in page.source and "4 to 7" in page.source and "law/17" in page.source
+    assert "1 of a step" in page.source and "None in" not in page.source
+
+
 def test_report_shows_the_anchor_kl_where_there_is_one(tmp_path: Path) -> None:
     records = [{**step(i), "anchor_kl": None if i == 2 else 0.1 * i} for i in (1, 2, 3)]
     assert any("frozen base" in svg for svg in Page(write_report(write(tmp_path / "a", records))).svgs)
@@ -245,7 +260,7 @@ def test_comparison_page_has_runs_table_curves_and_differences(trained: Path, tm
 def test_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.html"
     path.write_text("old")
-    monkeypatch.setattr(report.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        report.write_page(path, "new")
+        files.replace_text(path, "new")
     assert path.read_text() == "old"
