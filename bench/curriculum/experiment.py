@@ -24,6 +24,7 @@ from hebatron.curriculum.build import Phase
 from hebatron.data.corpus import Corpus
 from hebatron.data.documents import read_texts
 from hebatron.data.prepare import prepare
+from hebatron.files import new_folder
 from hebatron.tokenizer import load_tokenizer, train_bpe
 from hebatron.training.sections import (
     CorpusConfig,
@@ -66,8 +67,7 @@ class Size:
 
 
 def write_text(data: Path, out: Path) -> None:
-    """OUT/text: a file a phase, by `phase_score`, and the anchor."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Into the folder `out` a file a phase, by `phase_score`, and the anchor."""
     files = {name: io.StringIO() for name in (*PHASES, "anchor")}
     for path in (
         *sorted(data.glob("train/phase*_he.jsonl.zst")),
@@ -86,10 +86,12 @@ def write_text(data: Path, out: Path) -> None:
 def prepare_corpora(data: Path, out: Path, size: Size) -> None:
     """Text, tokenizer and corpora; what is there is kept."""
     if not (out / "text").exists():
-        write_text(data, out / "text")
+        with new_folder(out / "text") as folder:  # whole or not at all: what is there is taken as it is
+            write_text(data, folder)
     files = {name: out / "text" / f"{name}.jsonl" for name in (*PHASES, "anchor")}
     if not (out / "tokenizer").exists():
-        train_bpe(read_texts(list(files.values())), size.vocab_size).save(out / "tokenizer")
+        with new_folder(out / "tokenizer") as folder:
+            train_bpe(read_texts(list(files.values())), size.vocab_size).save(folder)
     tokenizer = load_tokenizer(out / "tokenizer")
     for name, path in files.items():
         prepare([path], out / "corpora" / name, tokenizer)

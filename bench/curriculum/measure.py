@@ -24,6 +24,7 @@ from hebatron.data.corpus import Corpus
 from hebatron.data.difficulty import document_text
 from hebatron.evaluation.evaluate import bits_per_byte
 from hebatron.evaluation.scoring import Item, multiple_choice
+from hebatron.files import replace_text
 from hebatron.model import Hebatron
 from hebatron.tokenizer import Tokenizer, load_tokenizer
 
@@ -135,7 +136,7 @@ def main() -> None:
         path = final.parent / "measured.json"
         if not path.exists():
             measured = measure(out, final.parent.name, size, made)
-            path.write_text(json.dumps(measured), encoding="utf-8")
+            replace_text(path, json.dumps(measured))
             accuracy = {key: f"{row.count('1') / len(row):.3f}" for key, row in measured["right"].items()}
             print(final.parent.name, accuracy, flush=True)
 

@@ -4,7 +4,8 @@
     python bench/curriculum/summary.py bench/results/curriculum.json
 
 Means over seeds, and half the range between them. A difference between two arms of one seed is taken over the same
-items, so its standard error is that of the mean of paired differences; over seeds they are averaged.
+items, which all seeds share too: each item's difference is averaged over seeds first, and the standard error is that
+of the mean over items. It says nothing of other seeds than these.
 """
 
 from __future__ import annotations
@@ -81,15 +82,16 @@ def table(runs: Runs, first: str, rows: dict[str, Callable[[Measured], float]], 
 
 
 def difference(runs: Runs, one: str, other: str, sets: Sequence[str]) -> tuple[list[float], float]:
-    """Points of `one` over `other` by seed, and the standard error of their mean over seeds' items."""
-    means, variances = [], []
+    """Points of `one` over `other` by seed, and the standard error over items of their mean over these seeds."""
+    by_seed = []
     for seed in sorted(runs[one].keys() & runs[other].keys()):
         pairs = zip(answers(runs[one][seed], sets), answers(runs[other][seed], sets), strict=True)
-        deltas = [100.0 * (a - b) for a, b in pairs]
-        mean = sum(deltas) / len(deltas)
-        means.append(mean)
-        variances.append(sum((d - mean) ** 2 for d in deltas) / (len(deltas) - 1) / len(deltas))
-    return means, math.sqrt(sum(variances)) / len(variances)
+        by_seed.append([100.0 * (a - b) for a, b in pairs])
+    means = [sum(deltas) / len(deltas) for deltas in by_seed]
+    items = [sum(deltas) / len(deltas) for deltas in zip(*by_seed, strict=True)]
+    mean = sum(items) / len(items)
+    variance = sum((d - mean) ** 2 for d in items) / (len(items) - 1)
+    return means, math.sqrt(variance / len(items))
 
 
 def report(runs: Runs) -> str:
