@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..report.figures import drawing
 from ..training.metrics import printable_name
 from .corpus import Corpus
 from .difficulty import MEASURES, SCORE, split_phases
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LABELS = {
     "rarity": "rarity of words (bits)",
@@ -29,7 +34,12 @@ def plot_difficulty(corpus: Corpus, out: Path, phases: int = 3) -> Path:
     tokens, so that a book counts for more than a caption. The score's panel marks where `phases` equal phases cut.
     Beyond the MAX_SOURCES largest, sources are one row.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display, 0.4 s only when used
+    with drawing() as new_figure:
+        _draw(new_figure, corpus, phases).savefig(out, dpi=130)
+    return out
+
+
+def _draw(new_figure: type[Figure], corpus: Corpus, phases: int) -> Figure:
     from matplotlib.ticker import NullLocator
 
     names = [name for name in (SCORE, *MEASURES) if name in corpus.columns]
@@ -40,7 +50,7 @@ def plot_difficulty(corpus: Corpus, out: Path, phases: int = 3) -> Path:
     groups.sort(key=lambda group: _quantiles(score[group[1]], weight[group[1]])[2], reverse=True)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(
+    figure = new_figure(
         figsize=(3.4 + 3.3 * columns, 0.9 + rows * (0.9 + 0.24 * len(groups))), layout="constrained"
     )
     axes = np.atleast_1d(figure.subplots(rows, columns, sharey=True)).ravel()
@@ -61,7 +71,7 @@ def plot_difficulty(corpus: Corpus, out: Path, phases: int = 3) -> Path:
             axis.xaxis.set_minor_locator(NullLocator())
             axis.set_xlim(*limits)
         axis.set_title(LABELS[name], fontsize=10)
-        axis.grid(axis="x", color="0.9")
+        axis.grid(False, axis="y")
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=8, length=0)
         axis.spines[["top", "right", "left"]].set_visible(False)
@@ -83,8 +93,7 @@ def plot_difficulty(corpus: Corpus, out: Path, phases: int = 3) -> Path:
         f"tokens; dashed: {phases} phases of equal tokens",
         fontsize=9,
     )
-    figure.savefig(out, dpi=130)
-    return out
+    return figure
 
 
 def _groups(corpus: Corpus) -> list[tuple[str, np.ndarray]]:

@@ -40,7 +40,7 @@ class NearDuplicates:
                 'run: pip install "hebatron[data]"'
             ) from error
         self._threshold = threshold
-        options = {"seed": SEED, "hashfunc": int, "scheme": "affine32", "gpu_mode": "disable"}
+        options: dict[str, Any] = {"seed": SEED, "hashfunc": int, "scheme": "affine32", "gpu_mode": "disable"}
         drawn = datasketch.MinHash(
             PERMUTATIONS, **options
         ).permutations  # 14 ms; with them a signature takes 8 us

@@ -145,3 +145,20 @@ def test_data_score_writes_columns(tmp_path: Path, capsys: pytest.CaptureFixture
     scores.write_bytes(raw)
     with pytest.raises(ValueError, match="must match its sha256, got a damaged file"):
         Corpus.open(out)
+
+
+def test_scores_are_drawn_whatever_a_source_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [{"text": f"הלך ילד {n}", "source": "$\\frac{$"} for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer = train_bpe(["הלך ילד"], 300)
+    tokenizer.save(tmp_path / "tok")
+    prepare([tmp_path / "a.jsonl"], tmp_path / "out", tokenizer)
+    command = ["data", "score", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "tok")]
+    command += ["--plot", str(tmp_path / "scores.png")]
+    assert main(command) == 0
+    assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert main(command) == 2
+    assert "matplotlib must be installed, got none" in capsys.readouterr().err
