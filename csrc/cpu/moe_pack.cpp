@@ -17,10 +17,12 @@ static void pack(const MoePackArgs& a, const Exec& exec) {
   T* panels = (T*)((char*)a.packed + sizeof header);
   const Weights weights{a.weight_dtype, a.weights, a.expert_stride, a.stride, a.k, a.n, true};
   const int64_t per_expert = panels_of(a.n), stride = packed_stride<T>(a.k, a.n);
+  const int64_t used = units_of<T>(a.k) * kUnit<T> * ((a.n + kLanes - 1) / kLanes * kLanes);
 #pragma omp parallel for num_threads(exec.threads) schedule(static)
   for (int64_t task = 0; task < a.experts * per_expert; task++) {
     const int64_t e = task / per_expert, p = task % per_expert;
     panel_of(weights, e, p, panels + e * stride + p * panel_elements<T>(a.k));
+    if (p == 0) std::memset((void*)(panels + e * stride + used), 0, size_t(stride - used) * sizeof(T));
   }
 }
 

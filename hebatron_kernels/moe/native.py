@@ -220,7 +220,7 @@ def moe_mlp_keep(
     x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor
 ) -> tuple[Tensor, Tensor]:
     """y and the pre-activation of the sorted rows (T*K, F)."""
-    hidden_NF = x_TD.new_empty(ids_TK.numel(), up_EFD.shape[1])
+    hidden_NF = _native.empty((ids_TK.numel(), up_EFD.shape[1]), x_TD.dtype)
     return _forward(x_TD, ids_TK, weights_TK, up_EFD, down_EDF, hidden_NF), hidden_NF
 
 
@@ -236,7 +236,7 @@ def moe_mlp_keep_bwd(
 ) -> list[Tensor]:
     numbers = _mlp_numbers(x_TD, ids_TK, weights_TK, up_EFD, down_EDF)
     given = [x_TD, weights_TK, up_EFD, down_EDF]
-    found = [torch.empty(a.shape if want else (0,), dtype=a.dtype) for a, want in zip(given, wanted)]
+    found = [_native.empty(a.shape if want else (0,), a.dtype) for a, want in zip(given, wanted)]
     grad_weights_TK = torch.empty(weights_TK.shape, dtype=torch.float32)
     _native.call(
         "moe_mlp_bwd",
@@ -348,7 +348,7 @@ def packed_elements(experts: int, outputs: int, inner: int, dtype: torch.dtype) 
 
 def moe_pack(weight_EMK: Tensor, dtype: torch.dtype) -> Tensor:
     experts, outputs, inner = weight_EMK.shape
-    packed = torch.zeros(packed_elements(experts, outputs, inner, dtype), dtype=dtype)
+    packed = _native.empty((packed_elements(experts, outputs, inner, dtype),), dtype)
     _native.call(
         "moe_pack",
         experts=experts,
