@@ -254,10 +254,11 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, c.expert_dim, width))
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        weights: list[Tensor] = [self.up_proj, self.down_proj]  # each reading forms an adapted one anew
         # the operator rounds fp32 weights under bf16 itself, without a copy
-        rounds = (x_TD.dtype, self.up_proj.dtype) == (torch.bfloat16, torch.float32)
-        up_EFD, down_EDF = (w if rounds else w.to(x_TD.dtype) for w in (self.up_proj, self.down_proj))
-        return moe_mlp(x_TD, ids_TK, weights_TK, up_EFD, down_EDF)
+        if (x_TD.dtype, weights[0].dtype) != (torch.bfloat16, torch.float32):
+            weights = [weight.to(x_TD.dtype) for weight in weights]
+        return moe_mlp(x_TD, ids_TK, weights_TK, *weights)
 
 
 class MoE(nn.Module):

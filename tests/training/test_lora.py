@@ -135,6 +135,29 @@ def test_adapters_keep_fp32_under_bf16_compute() -> None:
     assert float(gap) < 0.05 * float(exact(IDS).logits.abs().max())
 
 
+class Counting(torch.nn.Module):
+    """A parametrization, as peft's of the experts are."""
+
+    calls = 0
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        self.calls += 1
+        return tensor * 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_expert_tensor_is_formed_once_a_forward(dtype: torch.dtype) -> None:
+    model = Hebatron(every_kind(), dtype)
+    counters = [Counting(), Counting()]
+    for name, counter in zip(("up_proj", "down_proj"), counters):
+        torch.nn.utils.parametrize.register_parametrization(
+            model.get_submodule("backbone.layers.1.mixer.experts"), name, counter
+        )
+        counter.calls = 0
+    model(IDS)
+    assert [counter.calls for counter in counters] == [1, 1]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_recomputed_layers_drop_what_they_dropped(dropout: float) -> None:
     gradients = []
