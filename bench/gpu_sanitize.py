@@ -286,6 +286,8 @@ def _grouped(
         scale=run.card.put(scale) if whole else None,
         out=out,
         implementation=implementation,
+        workers=1,
+        dtype=run.dtype,
         tile_m=m,
         tile_n=n,
     )
