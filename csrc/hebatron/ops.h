@@ -71,6 +71,45 @@ struct ConvUpdateArgs {
   void* y;              // sequences, channels
 };
 
+// h_t = exp(dt_t A) h_t-1 + dt_t x_t B_t^T, y_t = h_t C_t + D x_t in each sequence, with dt = clamp(softplus(dt + dt_bias),
+// dt_min, dt_max). Rows of x are (heads, head_dim), of B and C (groups, state_dim).
+struct SsdScanArgs {
+  int64_t tokens, sequences, heads, head_dim, groups, state_dim;
+  int64_t chunk;    // tokens of a chunk, at most 64
+  int64_t workers;  // threads at most: the workspace holds as many copies of their scratch
+  double dt_min, dt_max;
+  DType dtype;  // of x, B, C, y
+  const void* x;
+  int64_t x_stride;
+  const float* dt;  // tokens, heads
+  const float* A;   // heads
+  const void* B;
+  int64_t B_stride;
+  const void* C;
+  int64_t C_stride;
+  const float* D;             // heads, or null
+  const float* dt_bias;       // heads, or null
+  const int32_t* cu_seqlens;  // sequences + 1
+  const float* initial;       // sequences, heads, head_dim, state_dim, or null
+  void* y;                    // tokens, heads, head_dim
+  float* last;                // sequences, heads, head_dim, state_dim
+};
+
+// Gradients of the above.
+struct SsdScanBwdArgs {
+  SsdScanArgs forward;     // y and last unused
+  const void* grad_y;      // tokens, heads, head_dim, contiguous
+  const float* grad_last;  // sequences, heads, head_dim, state_dim, contiguous
+  void* grad_x;            // tokens, heads, head_dim
+  float* grad_dt;          // tokens, heads
+  float* grad_A;           // heads
+  void* grad_B;            // tokens, groups, state_dim
+  void* grad_C;            // tokens, groups, state_dim
+  float* grad_D;           // heads
+  float* grad_dt_bias;     // heads
+  float* grad_initial;     // sequences, heads, head_dim, state_dim, or null
+};
+
 // One token of the scan for every sequence: state = exp(dt A) state + dt x B^T, y = state C + D x, with
 // dt = clamp(softplus(dt + dt_bias), dt_min, dt_max). Rows of x are (heads, head_dim), of B and C (groups, state_dim).
 struct SsdUpdateArgs {
@@ -260,6 +299,8 @@ struct MoePackArgs {
   X(causal_conv1d_fwd, ConvArgs)             \
   X(causal_conv1d_bwd, ConvBwdArgs)          \
   X(causal_conv1d_update, ConvUpdateArgs)    \
+  X(ssd_scan_fwd, SsdScanArgs)               \
+  X(ssd_scan_bwd, SsdScanBwdArgs)            \
   X(ssd_update, SsdUpdateArgs)               \
   X(grouped_gemm_fwd, GroupedGemmArgs)       \
   X(moe_route_fwd, MoeRouteArgs)             \

@@ -1,13 +1,133 @@
-"""The scan's one-token update in C++ (csrc/cpu/ssd.cpp), fp32 and bf16."""
+"""The scan in C++ (csrc/cpu/ssd_scan.cpp, ssd_scan_bwd.cpp, ssd_update.cpp): fp32 and bf16."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _native
+
+LONGEST_CHUNK = 64
+
+
+def supports_ssd_scan(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TGS: Tensor,
+    C_TGS: Tensor,
+    D_H: Tensor | None,
+    dt_bias_H: Tensor | None,
+    dt_limit: tuple[float, float],
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> str | None:
+    return _native.refusal(x_THP, dt_TH, A_H, B_TGS, C_TGS, D_H, dt_bias_H, initial_state)
+
+
+def ssd_scan(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TGS: Tensor,
+    C_TGS: Tensor,
+    D_H: Tensor | None,
+    dt_bias_H: Tensor | None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 128,
+) -> tuple[Tensor, Tensor]:
+    inputs = _scan_inputs(
+        x_THP, dt_TH, A_H, B_TGS, C_TGS, D_H, dt_bias_H, dt_limit, cu_seqlens, initial_state, chunk_size
+    )
+    y_THP = _native.empty(x_THP.shape, x_THP.dtype)
+    last_QHPS = torch.empty(inputs["sequences"], *x_THP.shape[1:], B_TGS.shape[2], dtype=torch.float32)
+    _native.call("ssd_scan_fwd", **inputs, y=y_THP, last=last_QHPS)
+    return y_THP, last_QHPS
+
+
+def ssd_scan_bwd(grads: list[Tensor], *args: Any) -> list[Tensor]:
+    x_THP, dt_TH, A_H, B_TGS, _, D_H, dt_bias_H, _, _, initial_state, _ = args
+    inputs = _scan_inputs(*args)
+    heads = x_THP.shape[1]
+    grad_x_THP = _native.empty(x_THP.shape, x_THP.dtype)
+    grad_dt_TH = torch.empty(dt_TH.shape, dtype=torch.float32)
+    grad_B_TGS, grad_C_TGS = (_native.empty(B_TGS.shape, B_TGS.dtype) for _ in range(2))
+    grad_A_H, grad_D_H, grad_dt_bias_H = (torch.empty(heads, dtype=torch.float32) for _ in range(3))
+    grad_initial = None if initial_state is None else torch.empty(initial_state.shape, dtype=torch.float32)
+    _native.call(
+        "ssd_scan_bwd",
+        **inputs,
+        grad_y=grads[0],
+        grad_last=grads[1],
+        grad_x=grad_x_THP,
+        grad_dt=grad_dt_TH,
+        grad_A=grad_A_H,
+        grad_B=grad_B_TGS,
+        grad_C=grad_C_TGS,
+        grad_D=grad_D_H,
+        grad_dt_bias=grad_dt_bias_H,
+        grad_initial=grad_initial,
+    )
+    found = [grad_x_THP, grad_dt_TH.to(dt_TH.dtype), grad_A_H.to(A_H.dtype), grad_B_TGS, grad_C_TGS]
+    for value, gradient in ((D_H, grad_D_H), (dt_bias_H, grad_dt_bias_H), (initial_state, grad_initial)):
+        if value is not None and gradient is not None:
+            found.append(gradient.to(value.dtype))
+    return found
+
+
+def _scan_inputs(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TGS: Tensor,
+    C_TGS: Tensor,
+    D_H: Tensor | None,
+    dt_bias_H: Tensor | None,
+    dt_limit: tuple[float, float],
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None,
+    chunk_size: int,
+) -> dict[str, Any]:
+    tokens, heads, head_dim = x_THP.shape
+    groups, state_dim = B_TGS.shape[1:]
+    # flatten is a view of a projection's slice, and copies what is laid out otherwise
+    x, B, C = x_THP.flatten(1), B_TGS.flatten(1), C_TGS.flatten(1)
+    dt, A, D, dt_bias, initial = (
+        None if v is None else v.float().contiguous() for v in (dt_TH, A_H, D_H, dt_bias_H, initial_state)
+    )
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
+    return {
+        "tokens": tokens,
+        "sequences": cu_seqlens.numel() - 1,
+        "heads": heads,
+        "head_dim": head_dim,
+        "groups": groups,
+        "state_dim": state_dim,
+        "chunk": min(chunk_size, LONGEST_CHUNK),
+        "workers": torch.get_num_threads(),
+        "dt_min": dt_limit[0],
+        "dt_max": dt_limit[1],
+        "dtype": _native.dtype_name(x_THP),
+        "x": x,
+        "x_stride": x.stride(0),
+        "dt": dt,
+        "A": A,
+        "B": B,
+        "B_stride": B.stride(0),
+        "C": C,
+        "C_stride": C.stride(0),
+        "D": D,
+        "dt_bias": dt_bias,
+        "cu_seqlens": cu_seqlens.contiguous(),
+        "initial": initial,
+    }
 
 
 def supports_ssd_update(

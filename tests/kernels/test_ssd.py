@@ -4,6 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from ssd_cases import ROWS, assert_close, cast, make
 
 import hebatron_kernels as hk
 from hebatron_kernels import testing
@@ -24,43 +25,6 @@ SHAPES = [
 FORMS = [(True, True, True), (False, False, False)]
 
 
-def make(tokens=50, heads=4, head_dim=3, groups=2, state=5, ends=None, D=True, bias=True, initial=True):
-    torch.manual_seed(0)
-
-    def noise(*shape):
-        return torch.randn(*shape, dtype=torch.float64)
-
-    cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32)
-    sequences = 1 if ends is None else len(ends) - 1
-    return [
-        noise(tokens, heads, head_dim),
-        noise(tokens, heads) - 1,
-        -4 * torch.rand(heads, dtype=torch.float64) - 0.1,
-        noise(tokens, groups, state),
-        noise(tokens, groups, state),
-        noise(heads) if D else None,
-        noise(heads) if bias else None,
-        (0.0, math.inf),
-        cu_seqlens,
-        noise(sequences, heads, head_dim, state) if initial else None,
-    ]
-
-
-def cast(args, dtype):
-    return [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-
-
-def assert_close(got, want, limit):
-    """Every output and gradient within `limit` of its largest value. The gradients of A, D and dt_bias are sums over
-    the tokens that cancel: theirs is the sum of the sizes of dt_bias's terms, which are the gradients of dt."""
-    assert got.keys() == want.keys()
-    for name, exact in want.items():
-        scale = exact.abs().max().item() if exact.numel() else 0.0
-        if name in ("grad2", "grad5", "grad6") and want["grad1"].numel():
-            scale = max(scale, want["grad1"].abs().sum(0).max().item())
-        torch.testing.assert_close(got[name].double(), exact.double(), rtol=0, atol=limit * scale, msg=name)
-
-
 # rounding steps of the dtype; the worst over these shapes are 12, 5.6, 0.9 and 1.2. The halves' upstream gradients are
 # rounded too, so the oracle's differ from theirs.
 @pytest.mark.parametrize(
@@ -74,13 +38,14 @@ def test_ssd_scan_torch_matches_oracle(dtype, steps, form, shape):
     assert_close(testing.run(hk.ssd_scan, args, backend="torch"), want, steps * torch.finfo(dtype).eps)
 
 
-def test_ssd_scan_keeps_small_decays_after_a_large_step():
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_ssd_scan_keeps_small_decays_after_a_large_step(backend):
     """A sum of log decays over the chunk in fp32 would lose them: 1e4 x 1e4 is 1e8, and its rounding step is 8."""
     args = cast(make(64), torch.float32)
     args[1][[5, 6, 40]] = 1e4
     args[2][0] = -1e4
     want = testing.run(hk.ssd_scan, cast(args, torch.float64), backend="reference")
-    got = testing.run(hk.ssd_scan, args, backend="torch")
+    got = testing.run(hk.ssd_scan, args, backend=backend)
     assert all(value.isfinite().all() for value in got.values())
     rows = [t for t in range(64) if t not in (5, 6, 40)]
     for results in (got, want):  # the rows of the three large steps carry the 1e4 and would hide the others
@@ -99,7 +64,7 @@ def test_ssd_scan_keeps_the_tails_of_softplus_and_decay():
     torch.testing.assert_close(got["out1"], want["out1"], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize(
     ("dt", "A"), [(1e4, -1e4), (-1e4, -1e4), (1e4, -1e-30), (-60.0, -1.0), (3e38, -3e38)]
 )
@@ -120,27 +85,25 @@ def test_ssd_scan_chunk_size_does_not_change_the_result(ends):
         assert_close(testing.run(hk.ssd_scan, [*args, chunk_size], backend="torch"), want, 1e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_ssd_scan_split_anywhere_is_the_whole(backend):
     args = cast(make(70), torch.float32)
     whole = hk.ssd_scan(*args, backend=backend)
     for k in (0, 1, 31, 32, 33, 50, 69, 70):
-        halves = [
-            [a[s] if i in (0, 1, 3, 4) else a for i, a in enumerate(args)] for s in (slice(k), slice(k, 70))
-        ]
+        halves = [[a[s] if i in ROWS else a for i, a in enumerate(args)] for s in (slice(k), slice(k, 70))]
         first, halves[1][9] = hk.ssd_scan(*halves[0], backend=backend)
         second, last = hk.ssd_scan(*halves[1], backend=backend)
         torch.testing.assert_close(torch.cat([first, second]), whole[0], rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(last, whole[1], rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_ssd_scan_document_alone_is_packed(backend):
     ends = [0, 33, 33, 35, 99, 130]
     args = cast(make(130, ends=ends), torch.float32)
     packed = testing.run(hk.ssd_scan, args, grad=False, backend=backend)
     for q, (begin, end) in enumerate(pairwise(ends)):
-        alone = [a[begin:end] if i in (0, 1, 3, 4) else a for i, a in enumerate(args)]
+        alone = [a[begin:end] if i in ROWS else a for i, a in enumerate(args)]
         alone[8], alone[9] = None, args[9][q : q + 1]
         y, state = hk.ssd_scan(*alone, backend=backend)
         torch.testing.assert_close(y, packed["out0"][begin:end], rtol=2e-6, atol=2e-6)
@@ -148,12 +111,12 @@ def test_ssd_scan_document_alone_is_packed(backend):
 
 
 @pytest.mark.parametrize("initial", [True, False])
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_ssd_scan_keeps_a_poisoned_document_to_itself(backend, initial):
     ends = [0, 30, 31, 31, 100, 131]
     args = cast(make(131, ends=ends, initial=initial), torch.float32)
     clean = testing.run(hk.ssd_scan, args, backend=backend)
-    for i in (0, 1, 3, 4):
+    for i in ROWS:
         args[i][31:100] = float("nan")
     if initial:
         args[9][3] = float("nan")
@@ -171,10 +134,9 @@ def test_ssd_scan_keeps_a_poisoned_document_to_itself(backend, initial):
 def test_ssd_update_token_by_token_is_the_scan(backend, dt_limit):
     args = cast(make(45), torch.float32)
     args[7] = dt_limit
-    scan = "torch" if backend == "native" else backend
-    whole, last = hk.ssd_scan(*args, backend=scan)
-    head = [a[:33] if i in (0, 1, 3, 4) else a for i, a in enumerate(args)]
-    y, state = hk.ssd_scan(*head, backend=scan)
+    whole, last = hk.ssd_scan(*args, backend=backend)
+    head = [a[:33] if i in ROWS else a for i, a in enumerate(args)]
+    y, state = hk.ssd_scan(*head, backend=backend)
     x, dt, A, B, C, D, bias = args[:7]
     for t in range(33, 45):
         row = slice(t, t + 1)
@@ -231,12 +193,12 @@ def test_ssd_update_native_extremes_and_threads():
     assert torch.equal(y.flatten(), results[0][24:36]) and torch.equal(alone.flatten(), results[0][-60:])
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_ssd_scan_takes_slices_of_a_projection(backend):
     args = cast(make(40, ends=[0, 9, 40]), torch.float32)
     flat = testing.run(hk.ssd_scan, args, backend=backend)
     views = [
-        testing.strided(a.flatten(1)).unflatten(1, a.shape[1:]) if i in (0, 1, 3, 4) else a
+        testing.strided(a.flatten(1)).unflatten(1, a.shape[1:]) if i in ROWS else a
         for i, a in enumerate(args)
     ]
     sliced = testing.run(hk.ssd_scan, views, backend=backend)
@@ -272,7 +234,7 @@ def test_ssd_scan_gradcheck(backend, ends):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_ssd_scan_registration_and_fullgraph(backend, form):
     args = [*cast(make(9, 2, 2, 1, 3, [0, 2, 9], *form), torch.float32), 4]
     testing.check_registration("ssd_scan", *args, backend=backend)
@@ -313,9 +275,12 @@ def test_ssd_scan_torch_form_never_reads_values():
 
 def test_ssd_scan_says_why_not_native():
     args = cast(make(), torch.float32)
-    assert "-> torch" in hk.explain(hk.ssd_scan, *args)
-    with pytest.raises(hk.BackendError, match=r"ssd_scan\[native\]: not written for this operator"):
-        hk.ssd_scan(*args, backend="native")
+    assert "-> native" in hk.explain(hk.ssd_scan, *args)
+    assert "-> torch" in hk.explain(hk.ssd_scan, *make())
+    with pytest.raises(
+        hk.BackendError, match=r"ssd_scan\[native\]: computes float32 and bfloat16, got float64"
+    ):
+        hk.ssd_scan(*make(), backend="native")
     rows, state = args[:7], torch.zeros(50, 4, 3, 5)
     assert "-> native" in hk.explain(hk.ssd_update, state, *rows)
     with pytest.raises(ValueError, match="ssd_update: arguments must not require a gradient"):
