@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rivals, medians, a measured limit (a copy, or the peak of products), and the
+"""What the benchmarks share: interleaved rivals, medians, a measured limit (DRAM, or the peak of products), and the
 machine they ran on."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Case:
     work: int  # bytes that must move once, or operations
     rivals: dict[str, Callable[[], object]]
     limit: str = (
-        "copy"  # the rate the work is held against: of a DRAM copy, or of float32 or bfloat16 products
+        "copy"  # the rate the work is held against: DRAM's "copy" or "read", "float32" or "bfloat16" products
     )
 
 
@@ -61,9 +61,11 @@ def _peak_library() -> ctypes.CDLL:
     library = ROOT / "build" / "bench" / "peak.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    flags = ["-O2", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
     subprocess.run([compiler, *flags, str(ROOT / "bench/peak.cpp"), "-o", str(library)], check=True)
     found = ctypes.CDLL(str(library))
+    reads = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    found.read_rate.restype, found.read_rate.argtypes = ctypes.c_double, reads
     found.peak.restype, found.peak.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_int, ctypes.c_double]
     return found
 
@@ -81,6 +83,8 @@ def interleaved(cases: list[Case], buffer_bytes: int = 2**26, rounds: int = 15) 
     target = torch.empty_like(source)
 
     def limit_rate(limit: str) -> float:
+        if limit == "read":
+            return _peak_library().read_rate(source.data_ptr(), buffer_bytes, torch.get_num_threads())
         if limit != "copy":
             return peak(limit)
         return 2 * buffer_bytes / seconds(lambda: target.copy_(source))
@@ -125,7 +129,7 @@ def _row(case: Case, times: dict[str, list[float]], limits: dict[str, list[float
 
 def show(results: list[dict]) -> None:
     for row in results:
-        unit = "GB/s" if row["limit"] == "copy" else "GFLOP/s"
+        unit = "GB/s" if row["limit"] in ("copy", "read") else "GFLOP/s"
         print(f"{row['case']}  ({row['limit']} {row['limit_g_per_s']} {unit})")
         for name, value in row.items():
             if isinstance(value, dict):

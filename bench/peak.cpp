@@ -1,6 +1,6 @@
 // The machine's rate of products, for bench/common.py: chains of multiply-adds that never leave the registers (inline assembly:
 // an array of accumulators read half of the rate). extern "C" double peak(int bf16, int threads, double seconds), in operations a
-// second; 0 where this CPU has no such instruction. Build: c++ -O2 -march=native -fopenmp -shared -fPIC.
+// second; 0 where this CPU has no such instruction. Build: c++ -O3 -march=native -fopenmp -shared -fPIC.
 #include <omp.h>
 
 #include <chrono>
@@ -51,3 +51,22 @@ extern "C" double peak(int bf16, int threads, double seconds) {
 #else
 extern "C" double peak(int, int, double) { return 0.0; }
 #endif
+
+// Bytes a second of reading `bytes` from memory, each thread its own part in order.
+extern "C" double read_rate(const char* data, long long bytes, int threads) {
+  double total = 0;
+  const double begin = now();
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+  {
+    const long long part = bytes / threads / 1024 * 1024;
+    const float* from = (const float*)(data + part * omp_get_thread_num());
+    float sums[64] = {};
+    for (long long i = 0; i < part / 4; i += 64)
+      for (int j = 0; j < 64; j++) sums[j] += from[i + j];
+    for (float sum : sums) total += sum;
+  }
+  const double seconds = now() - begin;
+  volatile double kept = total;
+  (void)kept;
+  return bytes / seconds;
+}
