@@ -2,9 +2,10 @@
 
 A broken document (invalid UTF-8, bad JSON, no text, NUL, ...) is an error naming file and line, or with
 bad="drop" a counted drop; a damaged file or an unknown kind of file is always an error. Empty documents and
-exact repeats are always counted drops, near repeats with near_duplicates. A byte order mark is removed; bidi
-controls are removed (bidi="drop") or kept; `normalize` names the rules for Hebrew (hebrew.py). No other character
-is touched. The ledger adds up: read = used + dropped, with a line for every document dropped.
+exact repeats are always counted drops, near repeats with near_duplicates: repeats of a document that is used, never
+of one that is itself dropped. A byte order mark is removed; bidi controls are removed (bidi="drop") or kept;
+`normalize` names the rules for Hebrew (hebrew.py). No other character is touched. The ledger adds up:
+read = used + dropped, with a line for every document dropped.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -22,6 +23,7 @@ import zstandard
 
 from .duplicates import NearDuplicates
 from .hebrew import BIDI_CONTROLS, check_normalization, normalize
+from .ledger import NOWHERE, Ledger, Place
 from .tables import TABLE_SUFFIXES, downloaded, rows
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", *TABLE_SUFFIXES)
@@ -36,60 +38,6 @@ class _BadDocument(ValueError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a document was found."""
-
-    file: str
-    line: int | None = None
-    id: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.file if self.line is None else f"{self.file}:{self.line}"
-
-    def named(self) -> dict[str, Any]:
-        return {"file": self.file, "line": self.line} | ({} if self.id is None else {"id": self.id})
-
-
-@dataclass
-class Ledger:
-    """Every document read is used or dropped for one reason; `lines` has one JSON object for each dropped one.
-
-    Its file (name alone), line or row (null for .txt), reason and hash: of its cleaned text, or of its bytes where
-    there is no text; its id, if it has one; for a repeat, the file, line, id and hash of the document that stays.
-    """
-
-    read: int = 0
-    used: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    removed_characters: Counter[str] = field(default_factory=Counter)
-    normalized: Counter[str] = field(default_factory=Counter)
-    split: Counter[str] = field(default_factory=Counter)  # documents, and the pieces they became
-    repeated_ids: int = 0  # used documents whose id an earlier one has: kept, their texts differ
-    lines: list[str] = field(default_factory=list)
-
-    def drop(self, reason: str, place: Place, hash: bytes, **more: Any) -> None:
-        self.dropped[reason] += 1
-        line = {**place.named(), "reason": reason, "hash": hash.hex(), **more}
-        self.lines.append(json.dumps(line, ensure_ascii=True))
-
-    def totals(self) -> dict[str, Any]:
-        """For the index; some only where there is any, so that other corpora keep the fingerprint they always had."""
-        more: dict[str, Any] = {
-            "normalized": dict(sorted(self.normalized.items())),
-            "split": dict(sorted(self.split.items())),
-            "repeated_ids": self.repeated_ids,
-        }
-        return {
-            "read": self.read,
-            "used": self.used,
-            "dropped": dict(sorted(self.dropped.items())),
-            "removed_characters": {k: n for k, n in sorted(self.removed_characters.items()) if n},
-            **{name: value for name, value in more.items() if value},
-        }
 
 
 @dataclass(frozen=True)
@@ -135,7 +83,11 @@ class Document:
     text: str
     source: str
     lang: str
-    place: Place = Place("")
+    place: Place = NOWHERE
+
+    @cached_property
+    def hash(self) -> bytes:
+        return text_hash(self.text)
 
 
 def find_files(inputs: Sequence[Path | str]) -> list[Path]:
@@ -241,9 +193,8 @@ def _decode(raw: bytes) -> str:
         raise _BadDocument("invalid UTF-8", f"must be UTF-8, got {got}") from None
 
 
-def _parse(raw: Raw, path: Path, line: int | None, policy: Policy) -> Document:
+def _parse(raw: Raw, path: Path, place: Place, policy: Policy) -> Document:
     """One document out of its bytes, before cleaning; raises _BadDocument."""
-    place = Place(label(path), line)
     if isinstance(raw, dict):
         record: Any = {k: _decode(value) if isinstance(value, bytes) else value for k, value in raw.items()}
     else:
@@ -265,7 +216,7 @@ def _parse(raw: Raw, path: Path, line: int | None, policy: Policy) -> Document:
             got = type(record[name]).__name__
             raise _BadDocument("field not a string", f'must have a string in "{name}", got {got}')
     source = policy.source or record.get("source") or _default_source(path)
-    place = Place(place.file, place.line, _record_id(record.get("id")))
+    place = replace(place, id=_record_id(record.get("id")))
     return Document(record[policy.text_field], source, policy.lang or record.get("lang") or "und", place)
 
 
@@ -314,49 +265,67 @@ def _clean(document: Document, policy: Policy, ledger: Ledger) -> Document:
 
 
 def read_documents(files: Sequence[Path], policy: Policy, ledger: Ledger) -> Iterator[Document]:
-    """Clean, non-empty documents in file order, repeats left out; the ledger is complete at the end."""
-    near = None if policy.near_duplicates is None else NearDuplicates(policy.near_duplicates)
+    """Clean, non-empty documents in file order, repeats among them: Repeats leaves those out, once it is known what
+    else is left out."""
     fields = (policy.text_field, "source", "lang", "id")
-    seen: dict[bytes, Place] = {}
-    kept: list[bytes] = []  # of `near`, in its numbering
-    ids: set[str] = set()
     for path in files:
         for line, raw in raw_documents(path, fields):
             ledger.read += 1
+            place = Place(label(path), line, number=ledger.read)
             try:
                 if not raw:
                     raise _BadDocument("empty file", "must not be empty, got 0 bytes")
                 if isinstance(raw, bytes) and line is not None and not raw.strip():
-                    ledger.drop("blank line", Place(label(path), line), _raw_hash(raw))
+                    ledger.drop("blank line", place, _raw_hash(raw))
                     continue
-                document = _clean(_parse(raw, path, line, policy), policy, ledger)
+                document = _clean(_parse(raw, path, place, policy), policy, ledger)
             except _BadDocument as bad:
                 if policy.bad == "error":
                     where = f"{path}" if line is None else f"{path}:{line}"
                     raise ValueError(f"prepare: {where} {bad}") from None
-                ledger.drop(bad.reason, Place(label(path), line), _raw_hash(raw))
+                ledger.drop(bad.reason, place, _raw_hash(raw))
                 continue
-            place, digest = document.place, text_hash(document.text)
-            if not document.text.strip():
-                ledger.drop("empty", place, digest)
-                continue
-            if digest in seen:
-                ledger.drop("repeat", place, digest, repeats={**seen[digest].named(), "hash": digest.hex()})
-                continue
-            found = None if near is None else near.add(document.text)
-            if found is not None:
-                of = kept[found[0]]
-                repeats = {**seen[of].named(), "hash": of.hex()}
-                ledger.drop("near repeat", place, digest, repeats=repeats, similarity=round(found[1], 3))
-                continue
-            if near is not None:
-                kept.append(digest)
-            seen[digest] = place
-            if place.id is not None:
-                ledger.repeated_ids += place.id in ids
-                ids.add(place.id)
-            ledger.used += 1
-            yield document
+            if document.text.strip():
+                yield document
+            else:
+                ledger.drop("empty", document.place, document.hash)
+
+
+class Repeats:
+    """The documents that are used. What nothing else leaves out is asked for here, in file order."""
+
+    def __init__(self, policy: Policy, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._near = None if policy.near_duplicates is None else NearDuplicates(policy.near_duplicates)
+        self._used: dict[bytes, Place] = {}
+        self._numbered: list[bytes] = []  # in the numbering of `_near`
+        self._ids: set[str] = set()
+
+    def drop(self, document: Document) -> bool:
+        """Whether a used document has this very text, and it goes into the ledger as its repeat."""
+        if document.hash in self._used:
+            self._drop("repeat", document, document.hash)
+        return document.hash in self._used
+
+    def use(self, document: Document) -> bool:
+        """Whether the document is used; if not, it goes into the ledger as an exact or near repeat of one that is."""
+        if self.drop(document):
+            return False
+        found = None if self._near is None else self._near.add(document.text)
+        if found is not None:
+            self._drop("near repeat", document, self._numbered[found[0]], similarity=round(found[1], 3))
+            return False
+        self._numbered.append(document.hash)
+        self._used[document.hash] = document.place
+        if document.place.id is not None:
+            self._ledger.repeated_ids += document.place.id in self._ids
+            self._ids.add(document.place.id)
+        self._ledger.used += 1
+        return True
+
+    def _drop(self, reason: str, document: Document, of: bytes, **more: Any) -> None:
+        repeats = {**self._used[of].named(), "hash": of.hex()}
+        self._ledger.drop(reason, document.place, document.hash, repeats=repeats, **more)
 
 
 def _raw_hash(raw: Raw) -> bytes:
@@ -364,9 +333,12 @@ def _raw_hash(raw: Raw) -> bytes:
 
 
 def read_texts(inputs: Sequence[Path | str], **policy: Any) -> Iterator[str]:
-    """The texts `prepare` would use, streamed: what to train a tokenizer on."""
-    for document in read_documents(find_files(inputs), Policy(**policy), Ledger()):
-        yield document.text
+    """The texts `prepare` would use were none too long, streamed: what to train a tokenizer on."""
+    ledger, chosen = Ledger(), Policy(**policy)
+    repeats = Repeats(chosen, ledger)
+    for document in read_documents(find_files(inputs), chosen, ledger):
+        if repeats.use(document):
+            yield document.text
 
 
 def text_hash(text: str) -> bytes:

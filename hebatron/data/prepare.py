@@ -22,8 +22,9 @@ from ..files import file_sha256, new_folder
 from ..tokenizer import Tokenizer
 from .corpus import Corpus, read_index
 from .corpus_writer import SHARD_TOKENS, CorpusWriter, Counts
-from .documents import Document, Ledger, Policy, find_files, label, read_documents, read_texts, text_hash
+from .documents import Document, Policy, Repeats, find_files, label, read_documents, read_texts
 from .hebrew import Normalization
+from .ledger import Ledger
 
 BATCH_CHARS = 1 << 20  # text handed to the tokenizer at once
 __all__ = ["Corpus", "PrepareReport", "prepare", "read_texts"]
@@ -183,20 +184,25 @@ def _write(
     ledger: Ledger,
     request: dict[str, Any],
 ) -> None:
+    repeats = Repeats(policy, ledger)
     try:
         for batch in _batches(documents):
+            batch = [document for document in batch if not repeats.drop(document)]  # not worth tokenising
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
-                digest = text_hash(document.text)
-                for size, piece in _pieces(document, ids, tokenizer, policy, ledger):
-                    writer.add(
-                        [*piece, tokenizer.eos_id],
-                        size,
-                        document.source,
-                        document.lang,
-                        digest,
-                        document.place.id,
-                    )
+                reason = _unusable(ids, policy)
+                if reason is not None:
+                    ledger.drop(reason, document.place, document.hash)
+                elif repeats.use(document):
+                    for size, piece in _pieces(document, ids, tokenizer, policy, ledger):
+                        writer.add(
+                            [*piece, tokenizer.eos_id],
+                            size,
+                            document.source,
+                            document.lang,
+                            document.hash,
+                            document.place.id,
+                        )
     finally:
         writer.close()
     if not writer.count:
@@ -207,29 +213,29 @@ def _write(
     writer.finish(ledger.totals(), ledger.lines, request)
 
 
+def _unusable(ids: list[int], policy: Policy) -> str | None:
+    """Why a document of these tokens is dropped, or None."""
+    if not ids:
+        return "no tokens"  # the tokenizer's own normaliser left nothing of it
+    long = policy.long == "drop" and policy.max_tokens is not None and len(ids) >= policy.max_tokens
+    return "too long" if long else None
+
+
 def _pieces(
     document: Document, ids: list[int], tokenizer: Tokenizer, policy: Policy, ledger: Ledger
 ) -> list[tuple[int, list[int]]]:
     """(UTF-8 bytes, tokens) of each document of the corpus that this one becomes: one, or as policy.long says."""
-    limit, reason = policy.max_tokens, None
-    if not ids:
-        reason = "no tokens"  # the tokenizer's own normaliser left nothing of it
-    elif limit is not None and len(ids) >= limit:
-        if policy.long == "error":
-            raise ValueError(
-                f"prepare: {document.place.name} must have at most max_tokens = {limit} tokens with its end, got "
-                f'{len(ids) + 1}; choose long="split" or "drop"'
-            )
-        if policy.long == "split":
-            pieces = split_tokens(document.text, tokenizer, limit - 1)
-            ledger.split += Counter(documents=1, pieces=len(pieces))
-            return [(len(text.encode("utf-8")), tokens) for text, tokens in pieces]
-        reason = "too long"
-    if reason is not None:
-        ledger.used -= 1
-        ledger.drop(reason, document.place, text_hash(document.text))
-        return []
-    return [(len(document.text.encode("utf-8")), ids)]
+    limit = policy.max_tokens
+    if limit is None or len(ids) < limit:
+        return [(len(document.text.encode("utf-8")), ids)]
+    if policy.long == "error":
+        raise ValueError(
+            f"prepare: {document.place.name} must have at most max_tokens = {limit} tokens with its end, got "
+            f'{len(ids) + 1}; choose long="split" or "drop"'
+        )
+    pieces = split_tokens(document.text, tokenizer, limit - 1)
+    ledger.split += Counter(documents=1, pieces=len(pieces))
+    return [(len(text.encode("utf-8")), tokens) for text, tokens in pieces]
 
 
 def split_tokens(text: str, tokenizer: Tokenizer, limit: int) -> list[tuple[str, list[int]]]:

@@ -153,3 +153,34 @@ def test_prepare_reads_a_folder_that_datasets_saved(
     assert report.documents == 2
     with pytest.raises(ValueError, match=r"hf: must name whole splits, got train\[:1\]"):
         prepare(["hf:some/name@train[:1]"], tmp_path / "slice", tokenizer)
+
+
+@pytest.mark.parametrize("batch_chars", [1, 1 << 20])  # every document a batch of its own, or all in one
+def test_no_dropped_document_makes_another_one_a_repeat(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_chars: int
+) -> None:
+    """The near repeat of a text that is dropped for its length is used, and the ledger names documents that stay."""
+    pytest.importorskip("datasketch")
+    monkeypatch.setattr("hebatron.data.prepare.BATCH_CHARS", batch_chars)
+    long = " ".join(f"{word}{n}" for n in range(12) for word in TEXT.split())
+    short = long.rpartition(" ")[0]
+    limit = len(tokenizer.encode(long))
+    assert len(tokenizer.encode(short)) < limit
+    texts = [long, long, short, short + ".", long + "!", TEXT, TEXT]
+    path = write(tmp_path / "a.jsonl", [{"text": text, "id": n} for n, text in enumerate(texts)])
+    options: dict[str, Any] = {"near_duplicates": 0.8, "max_tokens": limit, "long": "drop"}
+    report = prepare([path], tmp_path / "out", tokenizer, **options)
+    corpus, ledger = Corpus.open(tmp_path / "out"), lines(tmp_path / "out")
+    assert [corpus.id(i) for i in range(len(corpus))] == ["2", "5"]
+    assert [(line["id"], line["reason"], line.get("repeats", {}).get("id")) for line in ledger] == [
+        ("0", "too long", None),
+        ("1", "too long", None),
+        ("3", "near repeat", "2"),
+        ("4", "too long", None),
+        ("6", "repeat", "5"),
+    ]
+    assert report.read == 7 == report.used + len(ledger) and report.used == 2
+    whole = prepare([path], tmp_path / "split", tokenizer, **options | {"long": "split"})
+    assert whole.dropped == {"repeat": 2, "near repeat": 3} and whole.split["documents"] == 1
+    with pytest.raises(ValueError, match=r"a\.jsonl:1 must have at most max_tokens"):
+        prepare([path], tmp_path / "error", tokenizer, **options | {"long": "error"})
