@@ -57,6 +57,16 @@ def number_match(text: str, answers: Sequence[str]) -> float:
     return float(value is not None and value in [number(answer) for answer in answers])
 
 
+def lacking(metric: str, answer: str) -> str | None:
+    """What a right answer must have for this metric and `answer` has not: without it, writing nothing would be right,
+    or nothing could be."""
+    if metric in ("exact_match", "f1") and not plain(answer):
+        return "a letter, a digit or a symbol"
+    if metric == "number_match" and number(answer) is None:
+        return "a number"
+    return None
+
+
 def chrf(text: str, answers: Sequence[str]) -> float:
     """sacrebleu's chrF of one text (characters' n-grams up to 6, beta 2), from 0 to 1."""
     try:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.documents import MAX_DOCUMENT_BYTES, raw_documents
+from .answers import lacking
 from .task_table import HEBREW_LETTERS, LATIN_LETTERS, TASKS, Fields, Task
 
 SUFFIXES = (".jsonl", ".jsonl.zst")
@@ -211,13 +212,12 @@ def _gold(record: Record, task: Task, choices: Sequence[str]) -> int:
     """A number from 0, a label of the record or the task, a choice's text or its letter; where two readings differ,
     the record is refused."""
     value = _find(record, task.fields, "gold")
-    readings: set[int] = set()
-    if isinstance(value, int) and not isinstance(value, bool):
-        readings = {value}
-    elif isinstance(value, str):
-        labels = [str(label).lower() for label in _find(record, task.fields, "labels") or task.labels]
-        if value.lower() in labels:
-            readings = {labels.index(value.lower())}
+    labels, readings = _labels(record, task, choices), set[int]()
+    if isinstance(value, int | str) and not isinstance(value, bool):
+        if str(value).lower() in labels:
+            readings = {labels.index(str(value).lower())}
+        elif isinstance(value, int):
+            readings = {value}
         else:
             readings = {i for i, choice in enumerate(choices) if choice == value}
             readings |= {int(value)} if value.isascii() and value.isdigit() else set()
@@ -233,6 +233,20 @@ def _gold(record: Record, task: Task, choices: Sequence[str]) -> int:
     return inside.pop()
 
 
+def _labels(record: Record, task: Task, choices: Sequence[str]) -> list[str]:
+    """What the record calls its choices (ARC: letters, or numbers from 1), or else the task; in lower case."""
+    found = _find(record, task.fields, "labels") if "labels" in task.fields else None
+    if found is None:
+        return [label.lower() for label in task.labels]
+    place = _shown(task.fields, "labels")
+    if not isinstance(found, list) or len(found) != len(choices):
+        raise _BadRecord(f'must have a list of {len(choices)}, one a choice, in "{place}", got {found!r:.60}')
+    labels = [label.lower() for label in _texts(found, "labels")]
+    if len(set(labels)) < len(labels):
+        raise _BadRecord(f'must have labels that differ in "{place}", got {found!r:.60}')
+    return labels
+
+
 def _answers(record: Record, task: Task) -> tuple[str, ...]:
     value = _find(record, task.fields, "answers")
     values = value if isinstance(value, list) or value is None else [value]
@@ -240,7 +254,15 @@ def _answers(record: Record, task: Task) -> tuple[str, ...]:
         values = [task.no_answer]
     if not values:
         raise _BadRecord(f'must have an answer in "{_shown(task.fields, "answers")}", got {_keys(record)}')
-    return _texts(values, "answers")
+    texts = _texts(values, "answers")
+    for metric in task.metrics:
+        for text in texts:
+            if needed := lacking(metric, text):
+                place = _shown(task.fields, "answers")
+                raise _BadRecord(
+                    f'must have {needed} in each answer of "{place}" for {metric}, got {text!r:.60}'
+                )
+    return texts
 
 
 def _shown(fields: Fields, role: str) -> str:

@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 
-from hebatron.evaluation.answers import METRICS, chrf, exact_match, f1, number, number_match, plain
+from hebatron.evaluation.answers import METRICS, chrf, exact_match, f1, lacking, number, number_match, plain
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,24 @@ def test_chrf_is_one_for_the_same_text_or_says_what_is_missing(monkeypatch: pyte
     pytest.importorskip("sacrebleu", reason="sacrebleu comes with the eval extra")
     assert chrf("שלום ושקט", ["שלום ושקט"]) == pytest.approx(1.0)
     assert 0 < chrf("שלום", ["שלום ושקט"]) < 1 and chrf("abc", ["שלום"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "needed"),
+    [
+        ("exact_match", "?!", "a letter, a digit or a symbol"),
+        ("f1", " \u05be - ", "a letter, a digit or a symbol"),
+        ("f1", "\u05b8", "a letter, a digit or a symbol"),  # a point without its letter
+        ("exact_match", "+", None),
+        ("exact_match", "א.", None),
+        ("number_match", "שבע", "a number"),
+        ("number_match", "#### 7", None),
+        ("chrf", "?!", None),
+    ],
+)
+def test_what_a_right_answer_lacks_is_what_would_make_nothing_right(
+    metric: str, answer: str, needed: str | None
+) -> None:
+    assert lacking(metric, answer) == needed
+    if needed:  # writing nothing is right, or not even the answer itself is
+        assert METRICS[metric]("", [answer]) == 1.0 or METRICS[metric](answer, [answer]) == 0.0

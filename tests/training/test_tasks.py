@@ -14,6 +14,7 @@ from hebatron.evaluation.task_table import TASKS
 from hebatron.evaluation.tasks import Example, find_tasks, read_examples, read_record
 
 QUESTION: dict[str, Any] = {"question": "מה?", "choices": ["אחת", "שתיים", "שלוש"]}
+LABELLED: dict[str, Any] = {"question": "?", "answerKey": "A"}
 
 
 def write(path: Path, records: list[Any]) -> Path:
@@ -63,7 +64,12 @@ def test_settings_are_those_of_the_harness() -> None:
         # ARC's shape: labels of the record's own, which may be numbers from 1
         ({"question": "?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}, 1),
         ({"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}, 1),
+        ({"question": "?", "choices": {"text": ["x", "y"], "label": [1, 2]}, "answerKey": "2"}, 1),
+        ({"question": "?", "choices": {"text": ["x", "y"], "label": [1, 2]}, "answerKey": 1}, 0),
+        ({"question": "?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": 1}, 0),
+        ({"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": 1}, 1),
         ({"question": "?", "choices": [7, 2.5], "answer": "2.5"}, 1),
+        (QUESTION | {"answer": 2, "labels": 7}, 2),  # a field of another kind, which the task does not read
     ],
 )
 def test_gold_is_a_number_a_letter_a_label_or_a_text(record: dict[str, Any], gold: int) -> None:
@@ -118,6 +124,11 @@ def test_answers_may_be_many_numbers_or_none() -> None:
         ("trivia_heb", QUESTION | {"answer": True}, "that names one of the 3 choices, got True"),
         ("trivia_heb", QUESTION | {"answer": "ארבע"}, "that names one of the 3 choices, got 'ארבע'"),
         ("trivia_heb", QUESTION | {"choices": ["1", "0"], "answer": "1"}, "that means one choice, got '1'"),
+        ("trivia_heb", LABELLED | {"choices": {"text": ["a", "b"], "label": 5}}, 'have a list of 2, one a choice,'),
+        ("trivia_heb", LABELLED | {"choices": {"text": ["a", "b"], "label": "AB"}}, """in "choices.label", got 'AB'"""),
+        ("trivia_heb", LABELLED | {"choices": {"text": ["a", "b"], "label": ["A"]}}, "one a choice, in"),
+        ("trivia_heb", LABELLED | {"choices": {"text": ["a", "b"], "label": ["A", True]}}, "must have labels that are"),
+        ("trivia_heb", LABELLED | {"choices": {"text": ["a", "b"], "label": ["A", "a"]}}, "have labels that differ"),
         ("letters", QUESTION | {"choices": list("abcdefghijk"), "answer": 0}, "must have at most 10 choices, got 11"),
         ("copa_heb", {"premise": "א", "choice1": "ב", "question": "cause", "label": 0}, 'in "choice1 and choice2"'),
         (
@@ -129,6 +140,9 @@ def test_answers_may_be_many_numbers_or_none() -> None:
         ("gsm8k", {"question": "?", "answer": []}, 'must have an answer in "answer"'),
         ("gsm8k", {"question": "?", "answer": {"a": 1}}, "must have answers that are texts and not blank"),
         ("gsm8k", {"question": "?", "answer": " "}, "must have answers that are texts and not blank"),
+        ("gsm8k", {"question": "?", "answer": "כך"}, 'must have a number in each answer of "answer" for number_match'),
+        ("text", {"context": "א", "answer": "?!"}, "answers or answer\" for exact_match, got '?!'"),
+        ("heq", {"context": "א", "question": "ב", "answers": ["ג", "…"]}, "must have a letter, a digit or a symbol in"),
     ],
 )  # fmt: skip
 def test_a_bad_record_is_named_by_file_and_line(tmp_path: Path, name: str, record: Any, message: str) -> None:
