@@ -14,7 +14,8 @@ Rules, all of them:
   isolation  a segment is a piece of one document; `cu_seqlens` has one entry a segment.
   source     "corpus" or "corpus/source". Its documents form an endless stream, permuted anew for every epoch
              (by hash of seed, name, epoch and document). A later phase goes on where an earlier one stopped.
-             Repeats are reported by `describe` and limited by max_epochs, the anchor's by anchor_max_epochs.
+             Repeats are reported by `describe` and limited by max_epochs, the anchor's by anchor_max_epochs; both
+             count what was read of a source's documents, as "corpus" and as "corpus/source".
   budget     a phase has floor(tokens / seq_len) rows; round(anchor_share x rows) of them are anchor rows, the
              others are shared out by weight (largest remainder), every source of weight > 0 at least one row.
   mixing     anchor rows are spread by error diffusion: in any prefix of a phase they are within one row of the
@@ -42,7 +43,7 @@ import numpy.typing as npt
 from ..data.corpus import Corpus
 from .order import mix, order_rows
 from .phases import Curriculum, Phase, epoch_limit
-from .plan import Batch, Int64s, Plan, Step
+from .plan import Batch, Int64s, Plan, Step, pairs_read
 
 __all__ = ["Batch", "Curriculum", "Phase", "Plan", "Step", "build_plan"]
 
@@ -81,13 +82,13 @@ class _Stream:
         lengths = np.diff(cuts, append=end)
         return (cuts - begin) // seq_len, self._documents[order[place]], cuts - starts[place], lengths
 
-    def check(self, limit: float, reader: str, setting: str) -> None:
-        """Refuse more than `limit` epochs."""
-        if self.taken > limit * self.pairs_per_epoch:
+    def check(self, read: int, limit: float, reader: str, setting: str) -> None:
+        """Refuse that `read` of its tokens, by whatever name, are more than `limit` epochs."""
+        if read > limit * self.pairs_per_epoch:
             raise ValueError(
                 f"build_plan: {reader} must read {self.name!r} at most {setting} = {limit:g} times, "
-                f"got {self.taken / self.pairs_per_epoch:.2f} by its end "
-                f"({self.taken} tokens of {self.pairs_per_epoch} an epoch)"
+                f"got {read / self.pairs_per_epoch:.2f} by its end "
+                f"({read} tokens of {self.pairs_per_epoch} an epoch)"
             )
 
 
@@ -145,6 +146,11 @@ class _Table:
         self._row_source.append(np.full(rows, source, np.int64))
         self.rows += rows
 
+    @property
+    def segments(self) -> Int64s:
+        """All that was cut, as in Plan.segments."""
+        return np.concatenate(self._segments)[:, 1:]
+
     def permuted(self, order: Int64s) -> tuple[Int64s, Int64s, Int64s]:
         """(source of each row, first segment of each row and the end, segments) with rows in this order."""
         segments = np.concatenate(self._segments)
@@ -189,7 +195,7 @@ class _Cutter:
         for (role, name), stream in self.streams.items():
             if role == "anchor":
                 limit = epoch_limit(curriculum.anchor_max_epochs, name)
-                stream.check(limit, "the anchor", "anchor_max_epochs")
+                stream.check(stream.taken, limit, "the anchor", "anchor_max_epochs")
 
     def _cut(self, role: str, name: str, rows: int, seq_len: int) -> _Stream:
         if (role, name) not in self.streams:
@@ -211,7 +217,8 @@ class _Cutter:
                     f"for {name!r} among {rows} rows ({anchors} anchor); raise tokens or drop the source"
                 )
             stream = self._cut("source", name, share, phase.seq_len)
-            stream.check(epoch_limit(phase.max_epochs, name), f"phase {phase.name!r}", "max_epochs")
+            read = pairs_read(self.table.segments, self.corpora, name)  # no anchor row is cut yet
+            stream.check(read, epoch_limit(phase.max_epochs, name), f"phase {phase.name!r}", "max_epochs")
         return numbers
 
     def _cut_anchor(self, seq_len: int) -> Int64s:

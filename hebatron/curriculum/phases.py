@@ -20,7 +20,9 @@ class Phase:
     sources: weight of each "corpus" or "corpus/source" among the rows that are no anchor rows; 0: not used.
     tokens: the phase's loss-bearing tokens, the anchor's included. max_epochs: refuse a plan in which one of
     this phase's sources has been read more often than this by the phase's end, earlier phases included: a number for
-    all of them or a table by source (None, or not in the table: no limit). The others belong to the phase's place in
+    all of them or a table by source (None, or not in the table: no limit). Tokens count whatever name they were read
+    by, for "corpus" those of all its sources together: a limit of 2 for "he" or "he/wiki" counts what phases read
+    as the other. The others belong to the phase's place in
     the run, whatever `order` puts there:
     anchor_share: of the tokens. batch_tokens: of one step, instead of training.tokens_per_batch; several are a
     ramp, each for an equal share of the phase. learning_rate: the peak at the phase's last batch size, instead of
@@ -121,10 +123,10 @@ def check_weights(what: str, weights: Mapping[str, float]) -> None:
 
 
 def check_limits(what: str, limits: EpochLimits, sources: Mapping[str, float]) -> None:
-    given = limits if isinstance(limits, dict) else {} if limits is None else {"": limits}
-    if any(not limit > 0 for limit in given.values()):
+    given = limits.values() if isinstance(limits, dict) else [] if limits is None else [limits]
+    if any(not limit > 0 for limit in given):
         raise ValueError(f"{what} must be above 0, got {limits}")
-    unknown = sorted(given.keys() - {"", *sources})
+    unknown = sorted(limits.keys() - sources.keys()) if isinstance(limits, dict) else []
     if unknown:
         raise ValueError(f"{what} must be by the names of the sources {sorted(sources)}, got {unknown}")
 

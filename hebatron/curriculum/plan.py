@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,16 @@ def rank_rows(rows: range, rank: int, world_size: int) -> range:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank_rows: rank must be in [0, world_size = {world_size}), got {rank}")
     return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
+
+
+def pairs_read(segments: Int64s, corpora: Mapping[str, Corpus], name: str) -> int:
+    """Pairs of the documents of "corpus" or "corpus/source" in these segments (Plan.segments)."""
+    corpus_name, _, source = name.partition("/")
+    corpus = corpora[corpus_name]
+    mine = segments[segments[:, 0] == list(corpora).index(corpus_name)]
+    if source:
+        mine = mine[corpus.source_ids[mine[:, 1]] == corpus.sources.index(source)]
+    return int(mine[:, 3].sum())
 
 
 @dataclass(frozen=True)
@@ -239,7 +250,8 @@ class Plan:
         return languages, torch.from_numpy(index.repeat(segments[:, 3]))
 
     def describe(self) -> dict[str, Any]:
-        """Rows, (loss-bearing) tokens, anchor share, epochs, by phase as they run and by source; ready for JSON."""
+        """Rows, (loss-bearing) tokens, anchor share, by phase as they run and by source; ready for JSON. A source's
+        epochs count what is read of its documents, by the anchor or by phases, under any name, as its limits do."""
 
         def count(mask: npt.NDArray[np.bool_]) -> dict[str, int]:
             return {"rows": int(mask.sum()), "tokens": int(self.row_tokens[mask].sum())}
@@ -269,13 +281,15 @@ class Plan:
         for number, is_anchor in itertools.product(range(len(self.sources)), (False, True)):
             mask = (self.row_source == number) & (self.row_is_anchor == is_anchor)
             if mask.any():
+                name = self.sources[number]
+                role = self.segments[np.repeat(self.row_is_anchor == is_anchor, np.diff(self.row_segments))]
                 sources.append(
                     {
-                        "name": self.sources[number],
+                        "name": name,
                         "anchor": is_anchor,
                         **count(mask),
                         "documents": self._documents(mask),
-                        "epochs": count(mask)["tokens"] / self.epoch_tokens[self.sources[number]],
+                        "epochs": pairs_read(role, self.corpora, name) / self.epoch_tokens[name],
                     }
                 )
         return {

@@ -154,6 +154,11 @@ def _check_sft(config: RunConfig, sft: SftConfig) -> None:
     for name in ("phases", "curriculum", "anchor", "anchor_max_epochs", "anchor_kl", "order"):
         if getattr(config, name) != getattr(RunConfig(), name):
             raise ValueError(f"{name} must not be given with [sft], got {getattr(config, name)!r}")
+    if config.schedule.phase_warmup_steps:
+        raise ValueError(
+            "schedule.phase_warmup_steps must be 0 with [sft], which has no phases, "
+            f"got {config.schedule.phase_warmup_steps}"
+        )
     if config.data.corpora and not config.data.held_out_permille:
         raise ValueError("data.held_out_permille must be > 0 with [sft] and data.corpora, got 0")
     limit = min(config.training.tokens_per_microbatch, config.training.tokens_per_batch)

@@ -149,7 +149,8 @@ def test_plan_describe_adds_up(corpora: dict[str, Corpus]) -> None:
     }  # fmt: skip
     hard = by_name["hard", False]
     assert hard["documents"] == 5
-    assert math.isclose(hard["epochs"], hard["tokens"] / int((corpora["hard"].lengths - 1).sum()))
+    read = hard["tokens"] + by_name["hard/law", False]["tokens"]  # its documents, under both names
+    assert math.isclose(hard["epochs"], read / int((corpora["hard"].lengths - 1).sum()))
 
 
 def test_phase_and_curriculum_errors() -> None:
@@ -165,6 +166,10 @@ def test_phase_and_curriculum_errors() -> None:
         (
             {"max_epochs": {"b": 1.0}},
             r"Phase: 'p' max_epochs must be by the names of the sources \['a'\], got \['b'\]",
+        ),
+        (
+            {"max_epochs": {"": 3.0}},
+            r"Phase: 'p' max_epochs must be by the names of the sources \['a'\], got \[''\]",
         ),
         ({"learning_rate": 0.0}, "Phase: 'p' learning_rate must be above 0 and finite, got 0.0"),
         ({"batch_tokens": 9}, "Phase: 'p' batch_tokens must be at least seq_len = 10, each, got 9"),
@@ -284,6 +289,30 @@ def test_plan_limits_repetition_by_source_and_of_the_anchor(corpora: dict[str, C
     with pytest.raises(ValueError, match="the anchor must read 'base/code' at most"):
         plan(anchor=0.999 * read["base/code", True])
     assert plan(max(read.values()), max(read.values())).hash == free.hash
+
+
+def test_plan_limits_count_documents_whatever_name_reads_them(corpora: dict[str, Corpus]) -> None:
+    """hard and hard/law share documents: what one phase reads under one name counts in the other's limit."""
+    pairs, law = corpora["hard"].lengths - 1, corpora["hard"].source_ids == 0
+    whole, part = int(pairs.sum()), int(pairs[law].sum())
+    assert corpora["hard"].sources[0] == "law" and 0 < part < whole
+
+    def plan(*phases: tuple[str, int, Any]) -> Plan:
+        written = [
+            Phase(f"p{i}", {name: 1}, n, 1, max_epochs=most) for i, (name, n, most) in enumerate(phases)
+        ]
+        return build_plan(Curriculum(tuple(written)), corpora)
+
+    told = plan(("hard/law", 2 * part, 2), ("hard", whole, (2 * part + whole) / whole)).describe()["sources"]
+    epochs = {source["name"]: source["epochs"] for source in told}
+    assert epochs == {"hard/law": 3.0, "hard": (2 * part + whole) / whole}
+    for phases, name, read in [
+        ((("hard/law", 2 * part, None), ("hard", whole, 1.5)), "hard", 2 * part + whole),
+        ((("hard", whole, None), ("hard/law", part, {"hard/law": 1.9})), "hard/law", 2 * part),
+        ((("hard/notes", whole, None), ("hard/law", part + 1, 1)), "hard/law", part + 1),
+    ]:
+        with pytest.raises(ValueError, match=rf"phase 'p1' must read '{name}' at most .* \({read} tokens of"):
+            plan(*phases)
 
 
 def test_plan_of_ten_million_tokens_is_vectorised(corpora: dict[str, Corpus]) -> None:

@@ -95,6 +95,10 @@ SFT = '[sft]\nchats = ["{root}/chats.jsonl"]\nseq_len = 128\n'
             r"phases must not be given with \[sft\], got",
         ),
         (SFT + "[anchor]\nhe = 1", r"anchor must not be given with \[sft\], got \{'he': 1.0\}"),
+        (
+            SFT + "[schedule]\nphase_warmup_steps = 5",
+            r"schedule.phase_warmup_steps must be 0 with \[sft\], which has no phases, got 5",
+        ),
         (SFT + "epochs = 0", "sft.epochs must be > 0, got 0"),
         (SFT + "epoch = 1", "sft.epoch must be one of .*; did you mean 'epochs'"),
         (SFT + 'truncation = "trim"', "sft.truncation must be one of drop, cut, got 'trim'"),
