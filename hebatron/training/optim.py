@@ -75,11 +75,12 @@ def step_learning_rate(config: RunConfig, steps: Sequence[Step], step: int) -> f
 
 
 def position_starts(steps: Sequence[Step]) -> list[tuple[int, int]]:
-    """(phase, first step) of each phase as written."""
-    firsts: dict[int, int] = {}
-    for step in reversed(steps):
-        firsts[step.position] = step.index
-    return sorted(firsts.items())
+    """(phase, first step) of each phase as written: by bisection, for every step asks."""
+    starts, at = [], 0
+    while at < len(steps):
+        starts.append((steps[at].position, at))
+        at = bisect_right(steps, steps[at].position, lo=at, key=lambda other: other.position)
+    return starts
 
 
 def learning_rate(

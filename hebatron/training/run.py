@@ -36,7 +36,8 @@ TOKENIZER = "tokenizer"  # in the run folder
 class Run:
     """Everything the loop works on; `step` and `bad_in_row` are all of its own state.
 
-    base: of the KL term. chats: of a run over chats. frozen: hash of the weights under adapters.
+    base: of the KL term. chats: of a run over chats. frozen: hash of the weights under adapters. fault: what was not
+    finite in the last bad step.
     """
 
     config: RunConfig
@@ -49,6 +50,7 @@ class Run:
     base: Base | None = None
     step: int = 0
     bad_in_row: int = 0
+    fault: str = ""
     chats: ChatData | None = None
     frozen: str | None = None
     bpb: dict[str, float] = field(default_factory=dict)

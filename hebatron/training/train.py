@@ -131,6 +131,8 @@ def loop(
         if alarm is not None:
             metrics.write(alarm)
             reporter.event(alarm)
+        if run.bad_in_row >= run.config.optimizer.max_bad_steps:
+            raise Diverged(run.fault)
         if is_eval_step(run):
             for event in evaluation_records(run, record, counts):
                 metrics.write(event)
@@ -157,9 +159,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
     if run.model.draws_random_numbers:  # dropout of step and seed alone: a checkpoint has no GPU's generator
         torch.manual_seed((settings.seed + run.step) % 2**63)
 
-    mine = rank_rows(
-        step.rows, rank=0, world_size=1
-    )  # one process today; see parallel in docs/architecture.md
+    mine = rank_rows(step.rows, rank=0, world_size=1)  # one process today: docs/architecture.md, parallel
     batches = [run.plan.batch(rows) for rows in run.plan.microbatches(mine, settings.tokens_per_microbatch)]
     # Both sums are divided by what the whole step holds, never by a microbatch's share: k microbatches then give
     # the gradient of one, however the loss-bearing tokens fall into them.
@@ -188,8 +188,7 @@ def train_step(run: Run) -> tuple[Record, list[list[int]]]:
     skipped = not all(map(math.isfinite, (grad_norm, nll, anchor.nats)))
     if skipped:
         run.bad_in_row += 1
-        if run.bad_in_row >= config.optimizer.max_bad_steps:
-            raise Diverged(divergence(run, step, nll, grad_norm))
+        run.fault = divergence(run, step, nll, grad_norm)
     else:
         run.bad_in_row = 0
         run.optimizer.step()

@@ -3,14 +3,16 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from hebatron import presets
+from hebatron.curriculum.plan import Step
 from hebatron.model import Hebatron
-from hebatron.training.optim import build_optimizer, clip_gradients, decays, learning_rate
+from hebatron.training.optim import build_optimizer, clip_gradients, decays, learning_rate, position_starts
 from hebatron.training.sections import OptimizerConfig, ScheduleConfig
 
 WSD = ScheduleConfig(name="wsd", warmup_steps=4, decay_share=0.5, floor=0.1)
@@ -107,3 +109,23 @@ def test_clip_gradients_scales_to_the_norm_and_leaves_nonfinite_alone() -> None:
     assert model.bias.grad.item() == pytest.approx(0.8, rel=1e-5)
     model.bias.grad = torch.tensor([math.inf])
     assert math.isinf(clip_gradients(model, 1.0)) and model.weight.grad[0, 0].item() == pytest.approx(0.6)
+
+
+class Counted(list[Step]):
+    """Counts what is read of it."""
+
+    reads = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+def test_position_starts_are_each_phases_first_step_and_read_few_of_them() -> None:
+    """Every step of a run asks: walking all of them is 10**10 reads in a run of 100,000."""
+    for lengths in ([1], [3, 1, 4], [0, 2, 0, 5], [30_000, 1, 70_000]):
+        positions = [position for position, length in enumerate(lengths) for _ in range(length)]
+        steps = Counted(Step(i, "", range(i, i + 1), at, 1) for i, at in enumerate(positions))
+        expected = [(at, positions.index(at)) for at in sorted(set(positions))]
+        assert position_starts(steps) == expected
+        assert steps.reads <= 20 * len(lengths)  # log2(100,000) = 17

@@ -218,6 +218,8 @@ def test_train_stops_after_bad_steps_in_a_row_and_keeps_the_last_good_state(
     ):
         train(config, reporter=Silent())
     assert checkpoints(tmp_path / "checkpoints")[0].name == "step-000003"
+    records = [(record["kind"], record["step"]) for record in read_metrics(tmp_path)]
+    assert records[-2:] == [("step", 6), ("alarm", 6)] and read_metrics(tmp_path)[-2]["skipped"]
     good = open_run(config)
     load_checkpoint(tmp_path / "checkpoints/step-000003", good.model, good.optimizer)
     assert state_bits(good) == state_bits(run)
