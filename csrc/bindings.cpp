@@ -6,9 +6,6 @@
 #include <algorithm>
 
 #include "hebatron/ops.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #ifdef HEBATRON_MODULE_CPU
 #include "cpu/dispatch.h"
 namespace backend = hebatron::cpu;
@@ -452,19 +449,6 @@ static GroupedGemmArgs read(Reader& in, GroupedGemmArgs*) {
   return a;
 }
 
-#ifdef HEBATRON_MODULE_CPU
-// Asks for huge pages in this memory, before it is written: a page of 4 KB costs 0.5 us and more at its first touch.
-static void advise_huge_pages(Ptr address, size_t bytes) {
-#if defined(__linux__)
-  constexpr Ptr kHuge = Ptr(1) << 21;
-  const Ptr begin = (address + kHuge - 1) / kHuge * kHuge, end = (address + bytes) / kHuge * kHuge;
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice: a kernel without them may refuse it
-#else
-  (void)address, (void)bytes;
-#endif
-}
-#endif
-
 template <class Args>
 static Args parse(const py::kwargs& kw) {
   Reader in(kw);
@@ -542,7 +526,6 @@ PYBIND11_MODULE(HEBATRON_MODULE, m) {
   m.def("available_isas", &cpu::available_isas);
   m.def("current_isa", &cpu::current_isa);
   m.def("set_isa", &cpu::set_isa);
-  m.def("advise_huge_pages", &advise_huge_pages);
 #elif defined(HEBATRON_EMULATOR)
   m.def("configure", &configure_emulator);
   m.def("options", &emulator_options);

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _evidence
 from ._check import BackendError
+from ._memory import empty
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
@@ -128,18 +129,6 @@ def wrote(*tensors: Tensor) -> None:
 
 def dtype_name(value: Tensor) -> str:
     return DTYPES[value.dtype]
-
-
-HUGE_BYTES = 2**23
-
-
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """torch.empty on the CPU, in huge pages from 8 MiB on: a step's gradients of 128 experts are 428 MB a layer, and
-    touching them in pages of 4 KB took longer than computing them."""
-    made = torch.empty(shape, dtype=dtype)
-    if made.numel() * made.element_size() >= HUGE_BYTES and cpu_module is not None:
-        cpu_module.advise_huge_pages(made.data_ptr(), made.numel() * made.element_size())
-    return made
 
 
 def call(op: str, **kwargs: Any) -> None:

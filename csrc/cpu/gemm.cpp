@@ -25,9 +25,13 @@ static void strip_product(const Strip& s, const T* panel, float* sums) {
     Vec acc[MR][NV];
     clear(acc);
     const int64_t chain = std::min(kChainUnits, units - u);
-    tile(acc, rows, s.ak, panel, chain);
-    HEBATRON_UNROLL for (int i = 0; i < MR; i++) rows[i] += chain * s.ak;
-    panel += chain * NV * kLanes * kUnit<T>;
+    for (int64_t done = 0, some; done < chain; done += some) {
+      some = s.ahead ? std::min(kAheadUnits, chain - done) : chain;
+      tile(acc, rows, s.ak, panel, some);
+      HEBATRON_UNROLL for (int i = 0; i < MR; i++) rows[i] += some * s.ak;
+      panel += some * NV * kLanes * kUnit<T>;
+      if (s.ahead) s.ahead->ask();
+    }
     if (odd && u + chain == units) {
       T last[MR][kUnit<T>] = {};
       const T* pairs[MR];
@@ -98,19 +102,18 @@ static void grouped(const GroupedGemmArgs& a, const Exec& exec) {
     plan.begin[e + 1] = a.offsets[e];
     check(a.offsets[e] >= plan.begin[e] && a.offsets[e] <= a.rows, "grouped_gemm", "offsets must rise from 0 to the rows", a.offsets[e]);
   }
-  const int64_t end = plan.begin[a.experts], count = cut_blocks(plan.begin, a.experts, plan.blocks), panels = panels_of(a.n);
+  const int64_t end = plan.begin[a.experts], count = cut_blocks(plan.begin, a.experts, plan.blocks);
   for (int64_t r = 0; a.rows_of_a && r < end; r++)
     check(a.rows_of_a[r] >= 0 && a.rows_of_a[r] < a.a_rows, "grouped_gemm", "rows must be rows of a", a.rows_of_a[r]);
   const Weights weights{a.dtype, a.b, a.b_expert_stride, a.b_stride, a.k, a.n, a.b_k_major};
   const auto row_of = [&](int64_t r) { return (const T*)a.a + (a.rows_of_a ? a.rows_of_a[r] : r) * a.a_stride; };
-#pragma omp parallel for num_threads(int(std::min<int64_t>(exec.threads, a.workers))) schedule(dynamic, 1)
-  for (int64_t task = 0; task < count * panels; task++) {
-    const Block& block = plan.blocks[task / panels];
-    const int64_t p = task % panels, column = p * kTileColumns, columns = std::min<int64_t>(kTileColumns, a.n - column);
-    const T* panel = panel_of(weights, block.expert, p, (T*)((char*)plan.panels + worker() * plan.bytes_panel));
-    product(block.begin, block.end, row_of, a.k, panel, columns, [&](int64_t r, int rows, const float* sums) {
-      write<T>(a, column, columns, r, rows, sums);
-    });
+#pragma omp parallel num_threads(int(std::min<int64_t>(exec.threads, a.workers)))
+  {
+    T* buffer = (T*)((char*)plan.panels + worker() * plan.bytes_panel);
+    all_products(plan.blocks, count, weights, buffer, row_of,
+                 [&](const Block&, int64_t column, int64_t columns, int64_t r, int rows, const float* sums) {
+                   write<T>(a, column, columns, r, rows, sums);
+                 });
   }
   std::memset((T*)a.out + end * a.n, 0, size_t((a.rows - end) * a.n) * sizeof(T));
 }

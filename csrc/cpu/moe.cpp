@@ -5,8 +5,11 @@
 // Traffic   forward: each chosen expert's weights once, x once a panel (from L2), the activation and the rows of y
 //           written and read once. fp32 weights are rounded while they are packed: no bf16 copy of them exists.
 // Roofline  compute from about 16 rows an expert on, DRAM below.
-// Measured  2026-11-28, one thread of a Zen 4 machine with other work on it: 1,024 tokens, 16 experts of 192 x 192, top 2,
-//           fp32 forward 1.3 times the torch form's speed, with the backward 1.2; python bench/bench_moe.py.
+// Measured  2026-11-28, 2 threads of a shared Zen 4 machine, as shares of limits measured between the runs (products 433 to
+//           462 GFLOP/s, reading 25 to 27 GB/s): packed experts of 2,688 x 1,856 in bf16, 96 rows each 95 % (1.3x the torch
+//           form), 24 rows 81 % (1.9x), 6 rows and 1 row as fast as a plain read of the weights (1.9x, 1.7x). 128 experts of
+//           768 x 544, fp32 weights: 2,048 tokens forward 74 % (2.6x), with backward 63 % (2.6x); 512 tokens, bound by the
+//           weights, 4.2x and 5.1x. python bench/bench_moe.py.
 // Limits    fp32 and bf16 (weights also fp32 under bf16); tokens * top_k < 2^31.
 // Why so    rows of A are pointers, so nothing is gathered; the weight multiplies the activation, so the second product's
 //           rows are only added; a row's chain of additions does not depend on the rows beside it.
@@ -55,21 +58,6 @@ static Weights down_transposed(const MoeMlpArgs& a) { return {a.weight_dtype, a.
 
 template <class T>
 static int64_t widest_panel(const MoeMlpArgs& a) { return panel_elements<T>(std::max(a.width, a.expert_width)); }
-
-// out = A B over all blocks and panels: finish(block, column, columns, first row, rows, sums).
-template <class T, class RowOf, class Finish>
-static void all_products(const Routes& routes, const Weights& w, T* buffer, const RowOf& row_of, const Finish& finish) {
-  const int64_t panels = panels_of(w.columns);
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t task = 0; task < routes.count * panels; task++) {
-    const Block& block = routes.blocks[task / panels];
-    const int64_t p = task % panels, column = p * kTileColumns, columns = std::min<int64_t>(kTileColumns, w.columns - column);
-    const T* panel = panel_of(w, block.expert, p, buffer);
-    product(block.begin, block.end, row_of, w.k, panel, columns, [&](int64_t r, int count, const float* sums) {
-      finish(block, column, columns, r, count, sums);
-    });
-  }
-}
 
 // The sums as rows of `out`, `width` apart.
 template <class T>
@@ -120,7 +108,7 @@ static void forward(const MoeMlpArgs& a, const Exec& exec) {
     T* buffer = f.panels + worker() * widest_panel<T>(a);
     const auto x_row = [&](int64_t r) { return (const T*)a.x + f.routes.slot[r] / a.top_k * a.x_stride; };
     const auto active_row = [&](int64_t r) { return f.active + r * a.expert_width; };
-    all_products(f.routes, up_by_row(a), buffer, x_row,
+    all_products(f.routes.blocks, f.routes.count, up_by_row(a), buffer, x_row,
                  [&](const Block&, int64_t column, int64_t columns, int64_t r, int count, const float* sums) {
                    if (a.hidden) write_rows((T*)a.hidden, a.expert_width, column, columns, r, count, sums);
                    for (int i = 0; i < count; i++) {
@@ -131,7 +119,7 @@ static void forward(const MoeMlpArgs& a, const Exec& exec) {
                      });
                    }
                  });
-    all_products(f.routes, down_by_row(a), buffer, active_row,
+    all_products(f.routes.blocks, f.routes.count, down_by_row(a), buffer, active_row,
                  [&](const Block&, int64_t column, int64_t columns, int64_t r, int count, const float* sums) {
                    write_rows(f.rows, a.width, column, columns, r, count, sums);
                  });
@@ -212,7 +200,9 @@ template <class S>
 static void write_gradient(void* grad, int64_t offset, int64_t width, int64_t columns, int count, const float* sums) {
   for (int i = 0; i < count; i++)
     for_lanes(columns, [&](int64_t c, int n) {
-      store_lanes((S*)grad + offset + i * width + c, load_lanes(sums + i * kTileColumns + c, n), n);
+      S* to = (S*)grad + offset + i * width + c;
+      const Vec v = load_lanes(sums + i * kTileColumns + c, n);
+      n == kLanes ? stream(to, v) : store(to, v, n);
     });
 }
 static void write_gradient(DType dtype, void* grad, int64_t offset, int64_t width, int64_t columns, int count, const float* sums) {
@@ -270,6 +260,7 @@ static void weight_gradients(const MoeMlpBwdArgs& b, const Backward<T>& s, T* bu
                          });
     }
   }
+  stream_end();
 }
 
 template <class T>
@@ -284,7 +275,7 @@ static void backward(const MoeMlpBwdArgs& b, const Exec& exec) {
   {
     T* buffer = s.buffers + worker() * s.buffer_elements;
     const auto grad_row = [&](int64_t r) { return (const T*)b.grad_y + s.routes.slot[r] / a.top_k * a.width; };
-    all_products(s.routes, down_transposed(a), buffer, grad_row,
+    all_products(s.routes.blocks, s.routes.count, down_transposed(a), buffer, grad_row,
                  [&](const Block& block, int64_t column, int64_t columns, int64_t r, int count, const float* sums) {
                    hidden_gradient(b, s, block, column, columns, r, count, sums);
                  });
@@ -295,7 +286,7 @@ static void backward(const MoeMlpBwdArgs& b, const Exec& exec) {
       b.grad_weights[s.routes.slot[r]] = total;
     }
     if (b.grad_x) {
-      all_products(s.routes, up_transposed(a), buffer, [&](int64_t r) { return s.grad_hidden + r * a.expert_width; },
+      all_products(s.routes.blocks, s.routes.count, up_transposed(a), buffer, [&](int64_t r) { return s.grad_hidden + r * a.expert_width; },
                    [&](const Block&, int64_t column, int64_t columns, int64_t r, int count, const float* sums) {
                      write_rows(s.rows, a.width, column, columns, r, count, sums);
                    });

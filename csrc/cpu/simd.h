@@ -186,5 +186,16 @@ static inline Vec load_lanes(const T* p, int n) { return n == kLanes ? load(p) :
 template <class T>
 static inline void store_lanes(T* p, Vec a, int n) { n == kLanes ? store(p, a) : store(p, a, n); }
 
+// Stores past the caches, for what nobody reads soon: a line is not read before it is written. Whoever streams ends with
+// stream_end().
+#if defined(HEBATRON_ISA_AVX512) || defined(HEBATRON_ISA_AVX512_BF16)
+static inline void stream(float* p, Vec a) { uintptr_t(p) % 64 ? store(p, a) : _mm512_stream_ps(p, a.v); }
+static inline void stream_end() { _mm_sfence(); }
+#else
+static inline void stream(float* p, Vec a) { store(p, a); }
+static inline void stream_end() {}
+#endif
+static inline void stream(bf16* p, Vec a) { store(p, a); }
+
 }  // namespace
 }  // namespace hebatron::HEBATRON_ISA_NAMESPACE

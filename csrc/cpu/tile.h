@@ -16,7 +16,7 @@
 #include "cpu/simd.h"
 
 #define HEBATRON_INLINE static inline __attribute__((always_inline))
-#define HEBATRON_UNROLL _Pragma("GCC unroll 8")
+#define HEBATRON_UNROLL _Pragma("GCC unroll 16")
 
 namespace hebatron::HEBATRON_ISA_NAMESPACE {
 namespace {
@@ -208,6 +208,17 @@ HEBATRON_INLINE Units gather_units(const S* from, int64_t filled) {
   return load_units(buffer);
 }
 
+// kLanes * kUnit<T> elements as kLanes units, rounded to T.
+template <class T, class S>
+HEBATRON_INLINE Units whole_units(const S* from) {
+#if defined(HEBATRON_ISA_AVX512) || defined(HEBATRON_ISA_AVX512_BF16)
+  // Not through memory: a load of 64 bytes waits until two stores of 32 have left the store buffer.
+  if constexpr (kUnit<T> == 2 && std::is_same_v<S, float>)
+    return {_mm512_inserti64x4(_mm512_castsi256_si512(narrow(load(from))), narrow(load(from + kLanes)), 1)};
+#endif
+  return gather_units<T>(from, kLanes * kUnit<T>);
+}
+
 // The rows to come: the memory's own prefetching does not follow rows that lie further apart than they are long.
 constexpr int64_t kAhead = 16;
 template <class S>
@@ -219,16 +230,25 @@ HEBATRON_INLINE void prefetch(const S* from, int64_t elements) {
 // `columns` <= kTileColumns of them.
 template <class T, class S>
 static void pack_columns(T* panel, const S* from, int64_t n_stride, int64_t k, int64_t columns, int vectors = kTileVectors) {
-  const int64_t units = units_of<T>(k), width = vectors * kLanes;
+  const int64_t units = units_of<T>(k), width = vectors * kLanes, whole = k / (kLanes * kUnit<T>) * kLanes;
   for (int64_t n = 0; n < width; n += kLanes)
     for (int64_t begin = 0; begin < units; begin += kLanes) {
+      const S* corner = from + n * n_stride + begin * kUnit<T>;
       Units block[kLanes];
-      for (int64_t i = 0; i < kLanes; i++) prefetch(from + (n + i + kLanes) * n_stride + begin * kUnit<T>, kLanes * kUnit<T>);
-      for (int64_t i = 0; i < kLanes; i++)
-        block[i] = n + i < columns ? gather_units<T>(from + (n + i) * n_stride + begin * kUnit<T>, k - begin * kUnit<T>) : set1_units(0);
+      for (int64_t i = 0; i < kLanes; i++) prefetch(corner + (i + kLanes) * n_stride, kLanes * kUnit<T>);
+      if (n + kLanes <= columns && begin < whole) {
+        HEBATRON_UNROLL for (int i = 0; i < kLanes; i++) block[i] = whole_units<T>(corner + i * n_stride);
+      } else {
+        for (int64_t i = 0; i < kLanes; i++)
+          block[i] = n + i < columns ? gather_units<T>(corner + i * n_stride, k - begin * kUnit<T>) : set1_units(0);
+      }
       transpose(block);
-      for (int64_t i = 0; i < std::min<int64_t>(kLanes, units - begin); i++)
-        store_units(panel + ((begin + i) * width + n) * kUnit<T>, block[i]);
+      T* to = panel + (begin * width + n) * kUnit<T>;
+      if (begin + kLanes <= units) {
+        HEBATRON_UNROLL for (int i = 0; i < kLanes; i++) store_units(to + i * width * kUnit<T>, block[i]);
+      } else {
+        for (int64_t i = 0; i < units - begin; i++) store_units(to + i * width * kUnit<T>, block[i]);
+      }
     }
 }
 
@@ -254,6 +274,11 @@ static void pack_rows(T* panel, const Row& row, int64_t k, int64_t columns, int 
     const auto* first = row(k0);
     const auto* second = kUnit<T> == 2 && k0 + 1 < k ? row(k0 + 1) : nullptr;
     for (int64_t ahead = k0 + kAhead; ahead < std::min<int64_t>(k, k0 + kAhead + kUnit<T>); ahead++) prefetch(row(ahead), width);
+    if constexpr (kUnit<T> == 2)
+      if (columns == width && second) {
+        for (int64_t n = 0; n < width; n += kLanes) store_pairs(panel + n * 2, load(first + n), load(second + n));
+        continue;
+      }
     for (int64_t n = 0; n < width; n += kLanes) {
       const int filled = int(std::clamp<int64_t>(columns - n, 0, kLanes));
       const Vec a = filled ? load_lanes(first + n, filled) : set1(0.0f);

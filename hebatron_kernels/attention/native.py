@@ -47,7 +47,7 @@ def attention_prefill_keep(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """o, and each row's log of the sum of exponentials (-inf where a query sees no key)."""
-    o_THP = torch.empty(q_THP.shape, dtype=q_THP.dtype)
+    o_THP = _native.empty(q_THP.shape, q_THP.dtype)
     lse_TH = torch.empty(q_THP.shape[:2], dtype=torch.float32)
     inputs = _inputs(q_THP, k_SHkP, v_SHkP, cu_seqlens_q, cu_seqlens_k, causal, scale, window)
     _native.call("attention_prefill_fwd", **inputs, o=o_THP, lse=lse_TH)
@@ -67,7 +67,7 @@ def attention_prefill_keep_bwd(
     scale: float | None,
     window: int | None,
 ) -> list[Tensor]:
-    found = [torch.empty(x.shape, dtype=x.dtype) for x in (q_THP, k_SHkP, v_SHkP)]
+    found = [_native.empty(x.shape, x.dtype) for x in (q_THP, k_SHkP, v_SHkP)]
     _native.call(
         "attention_prefill_bwd",
         **_inputs(q_THP, k_SHkP, v_SHkP, cu_seqlens_q, cu_seqlens_k, causal, scale, window),

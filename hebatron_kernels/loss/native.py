@@ -46,7 +46,7 @@ def linear_cross_entropy_keep_bwd(
     reduction: str,
 ) -> list[Tensor]:
     upstream = grads[0] / (targets_T != ignore_index).sum() if reduction == "mean" else grads[0]
-    found = [torch.empty(x.shape, dtype=x.dtype) for x in (x_TD, weight_VD)]
+    found = [_native.empty(x.shape, x.dtype) for x in (x_TD, weight_VD)]
     _native.call(
         "linear_cross_entropy_bwd",
         **_inputs(x_TD, weight_VD, targets_T, ignore_index),

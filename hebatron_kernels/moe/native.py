@@ -348,7 +348,7 @@ def packed_elements(experts: int, outputs: int, inner: int, dtype: torch.dtype) 
 
 def moe_pack(weight_EMK: Tensor, dtype: torch.dtype) -> Tensor:
     experts, outputs, inner = weight_EMK.shape
-    packed = _native.empty((packed_elements(experts, outputs, inner, dtype),), dtype)
+    packed = _native.empty((packed_elements(experts, outputs, inner, dtype),), dtype, reuse=False)
     _native.call(
         "moe_pack",
         experts=experts,

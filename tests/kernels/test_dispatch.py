@@ -242,13 +242,3 @@ def test_cuda_kernels_are_chosen_by_their_evidence_alone(monkeypatch):
     compiled = torch.compile(choice, fullgraph=True, backend="eager", dynamic=False)
     assert compiled(torch.zeros(1), ["norm"], 0).item() == 1
     assert compiled(torch.zeros(1), ["norm"], 1).item() == -1
-
-
-@pytest.mark.parametrize("count", [0, 1, 5000, 2**21 + 3, 2**23 + 1])
-def test_memory_for_results_is_what_was_asked_for_in_huge_pages_or_not(count):
-    made = _native.empty((count,), torch.float32)
-    assert made.shape == (count,) and made.dtype == torch.float32
-    made.fill_(1.0)
-    assert made.sum(dtype=torch.float64) == count
-    _native.cpu_module.advise_huge_pages(made.data_ptr(), made.numel() * 4)
-    assert made.eq(1.0).all()
