@@ -1,4 +1,5 @@
-"""What every writer of a durable folder needs: fsync by path, sha256 of a file, a folder that appears whole."""
+"""What every writer of a durable folder needs: fsync by path, sha256 of a file, a folder that appears whole; a place
+to write to, checked before the work."""
 
 from __future__ import annotations
 
@@ -49,6 +50,21 @@ def new_folder(out: Path) -> Iterator[Path]:
     finally:
         if out.exists() or not old.exists():  # never the only copy of what was there
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Raises ValueError, before any work, where `path` cannot become a file; nothing is left there."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{what} must be in a folder that exists, got {path}")
+    if path.is_dir():
+        raise ValueError(f"{what} must be a file, got the folder {path}")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{what} must be in a folder that can be written to, got {path}: {error.strerror}"
+        ) from error
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -89,8 +89,8 @@ def test_wrong_usage_exits_with_two(argv: list[str], capsys: pytest.CaptureFixtu
 def test_prepare_trains_a_tokenizer_and_counts_by_source(
     corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["data", "prepare", str(corpus_file), "--out", str(tmp_path / "corpus"), "--vocab-size", "300"]
-    assert cli.main([*argv, "--train-tokenizer", str(tmp_path / "tokenizer")]) == 0
+    argv = ["data", "prepare", str(corpus_file), "--out", str(tmp_path / "corpus")]
+    assert cli.main([*argv, "--train-tokenizer", str(tmp_path / "tokenizer"), "--vocab-size", "300"]) == 0
     out = capsys.readouterr().out
     assert "40 documents" in out and "verses" in out and "dropped: none" in out
     assert cli.main([*argv, "--tokenizer", str(tmp_path / "tokenizer")]) == 0
@@ -194,6 +194,48 @@ def test_a_run_can_be_moved_and_used_without_its_inputs(
     (tmp_path / "elsewhere/moved/checkpoints/step-000003/state.json").write_text("{}")
     assert cli.main(generate) == 0
     assert "skipped damaged step-000003" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["plot", "r", "--over", "tokens"], "plot: two RUN or more must be given with --over, got r alone"),
+        (
+            ["data", "prepare", "x.txt", "--out", "c", "--tokenizer", "t", "--vocab-size", "512"],
+            "data prepare: --train-tokenizer must be given with --vocab-size, got --tokenizer t",
+        ),
+        (
+            ["data", "inspect", "c", "--samples", "3"],
+            "data inspect: --tokenizer must be given with --samples, got none",
+        ),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in failure(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["eval", "m", "corpus", "--out"],
+        ["plot", "r", "--out"],
+        ["report", "r", "--out"],
+        ["data", "score", "c", "--tokenizer", "t", "--plot"],
+    ],
+)
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, part in [
+        (tmp_path, f"must be a file, got the folder {tmp_path}"),
+        (tmp_path / "none" / "x", "must be in a folder that exists, got"),
+        (Path("/proc/x"), "must be in a folder that can be written to, got /proc/x: "),
+    ]:
+        told = failure(capsys, *argv, str(place))
+        assert part in told and argv[-1] in told
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**63), "x"])

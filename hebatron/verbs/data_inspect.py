@@ -17,7 +17,7 @@ def register(group: VerbGroup) -> None:
         type=Path,
         help="the corpus's tokenizer: adds words, letters, near-duplicates and samples",
     )
-    inspect.add_argument("--samples", type=int, default=3, help="documents to show the beginning of")
+    inspect.add_argument("--samples", type=int, help="documents to show the beginning of (default 3)")
     inspect.add_argument("--json", action="store_true", help="everything as one JSON object")
 
 
@@ -28,10 +28,13 @@ def run(arguments: Arguments) -> int:
     from hebatron.data.inspection import inspect_corpus, lines
     from hebatron.tokenizer import load_tokenizer
 
-    if arguments.samples < 0:
-        raise ValueError(f"data inspect: --samples must be at least 0, got {arguments.samples}")
+    samples = 3 if arguments.samples is None else arguments.samples
+    if samples < 0:
+        raise ValueError(f"data inspect: --samples must be at least 0, got {samples}")
+    if arguments.samples is not None and arguments.tokenizer is None:
+        raise ValueError("data inspect: --tokenizer must be given with --samples, got none")
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
-    found = inspect_corpus(Corpus.open(arguments.corpus, tokenizer), tokenizer, arguments.samples)
+    found = inspect_corpus(Corpus.open(arguments.corpus, tokenizer), tokenizer, samples)
     if arguments.json:
         print(json.dumps(found, indent=1))
     else:

@@ -25,7 +25,7 @@ def register(group: VerbGroup) -> None:
     tokenizer.add_argument(
         "--train-tokenizer", type=Path, metavar="DIR", help="train a byte-level BPE, saved as DIR at the end"
     )
-    prepare.add_argument("--vocab-size", type=int, default=8192, help="entries of a trained tokenizer")
+    prepare.add_argument("--vocab-size", type=int, help="entries of a trained tokenizer (default 8192)")
     prepare.add_argument("--source", help="name of the source (default: each record's, or the file's name)")
     prepare.add_argument("--lang", help="language code (default: each record's)")
     prepare.add_argument("--text-field", default="text", help="field of a .jsonl record that holds the text")
@@ -72,12 +72,17 @@ def run(arguments: Arguments) -> int:
         "long",
     )
     policy = {name: getattr(arguments, name) for name in names}
+    if arguments.tokenizer is not None and arguments.vocab_size is not None:
+        raise ValueError(
+            f"data prepare: --train-tokenizer must be given with --vocab-size, got --tokenizer {arguments.tokenizer}"
+        )
+    vocab_size = 8192 if arguments.vocab_size is None else arguments.vocab_size
     if arguments.tokenizer is not None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     else:
         check_out(arguments.out)  # before the work
         earlier = _earlier_tokenizer(arguments.train_tokenizer)
-        tokenizer = train_bpe(read_texts(arguments.inputs, **policy), arguments.vocab_size)
+        tokenizer = train_bpe(read_texts(arguments.inputs, **policy), vocab_size)
         if earlier is not None and earlier.fingerprint != tokenizer.fingerprint:
             raise ValueError(
                 "data prepare: --train-tokenizer must be a new or empty folder, or hold the tokenizer these inputs "

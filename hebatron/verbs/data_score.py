@@ -32,6 +32,7 @@ def register(group: VerbGroup) -> None:
 def run(arguments: Arguments) -> int:
     from hebatron.data.corpus import Corpus, write_scores
     from hebatron.data.difficulty import METHOD, measure, score_weights, split_phases
+    from hebatron.files import check_writable
     from hebatron.tokenizer import load_tokenizer
 
     if arguments.phases < 1:
@@ -39,6 +40,8 @@ def run(arguments: Arguments) -> int:
     if arguments.model is None and (arguments.tokenizer is None or arguments.model_tokens is not None):
         missing = "--model" if arguments.model_tokens is not None else "--tokenizer or --model"
         raise ValueError(f"data score: {missing} must be given, got neither")
+    if arguments.plot is not None:
+        check_writable(arguments.plot, "data score: --plot")
     weights = _weights(arguments.weight)
     model = None
     if arguments.model is not None:

@@ -36,7 +36,7 @@ def register(group: VerbGroup) -> None:
     evaluate.add_argument("--include-path", type=Path, help="a folder of task files for --lm-eval")
     evaluate.add_argument("--shots", type=int, help="worked examples; default: each task's own setting")
     evaluate.add_argument("--limit", type=int, help="the first so many records of each file")
-    evaluate.add_argument("--seed", type=seed, default=0, help="of the choice of worked examples")
+    evaluate.add_argument("--seed", type=seed, help="of the choice of worked examples (default 0)")
     evaluate.add_argument("--chat", action="store_true", help="ask through the model's chat template")
     evaluate.add_argument("--template", metavar="NAME|FILE", help="ask through this one: nemotron3, or Jinja")
     evaluate.add_argument("--out", type=Path, help="figures and predictions as JSON")
@@ -44,13 +44,13 @@ def register(group: VerbGroup) -> None:
 
 def run(arguments: Arguments) -> int:
     from hebatron.evaluation.tasks import find_tasks
-    from hebatron.files import replace_text
+    from hebatron.files import check_writable, replace_text
 
     if not (arguments.corpora or arguments.tasks or arguments.lm_eval):
         raise ValueError("eval: a CORPUS, --tasks or --lm-eval must be given, got none")
     _refuse_unread(arguments)
-    if arguments.out is not None and not arguments.out.parent.is_dir():
-        raise ValueError(f"eval: --out must be in a folder that exists, got {arguments.out}")
+    if arguments.out is not None:
+        check_writable(arguments.out, "eval: --out")
     if arguments.lm_eval:
         from hebatron.evaluation import lm_eval_model as lm_eval_model  # says now if lm_eval is missing
     files = find_tasks(arguments.tasks, arguments.task)
@@ -75,7 +75,7 @@ def _refuse_unread(arguments: Arguments) -> None:
         "--lm-eval": (arguments.lm_eval, ("include_path",)),
         "--tasks or --lm-eval": (
             arguments.tasks or arguments.lm_eval,
-            ("shots", "limit", "chat", "template"),
+            ("shots", "limit", "seed", "chat", "template"),
         ),
     }
     for needed, (given, names) in asked.items():
@@ -107,12 +107,12 @@ def _tasks(
     from hebatron.evaluation.benchmark import mean_of, run_task
     from hebatron.files import file_sha256
 
-    chat = arguments.chat or arguments.template is not None
+    chat, seed = arguments.chat or arguments.template is not None, arguments.seed or 0
     template = open_template(arguments.template, tokenizer) if chat else None
     options = {
         "shots": arguments.shots,
         "limit": arguments.limit,
-        "seed": arguments.seed,
+        "seed": seed,
         "template": template,
     }
     results = {}
@@ -120,12 +120,12 @@ def _tasks(
         results[file.name] = run_task(model, tokenizer, file, **options)
         print(line(file.name, results[file.name]), flush=True)
     mean = mean_of(list(results.values()))
-    print(f"{mean:8.4f} mean of {len(results)} tasks, worked examples by seed {arguments.seed}")
+    print(f"{mean:8.4f} mean of {len(results)} tasks, worked examples by seed {seed}")
     tables = {
         file.name: {"file": str(file.path), "sha256": file_sha256(file.path), **results[file.name].table()}
         for file in files
     }
-    return {"mean": mean, "seed": arguments.seed, "chat": chat, "tasks": tables}
+    return {"mean": mean, "seed": seed, "chat": chat, "tasks": tables}
 
 
 def _lm_eval(arguments: Arguments, model: Hebatron, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _lm_eval(arguments: Arguments, model: Hebatron, tokenizer: Tokenizer) -> dic
         include_path=arguments.include_path,
         shots=arguments.shots,
         limit=arguments.limit,
-        seed=arguments.seed,
+        seed=arguments.seed or 0,
         template=arguments.template,
         chat=arguments.chat,
     )

@@ -16,10 +16,13 @@ def register(group: VerbGroup) -> None:
 
 
 def run(arguments: Arguments) -> int:
+    from hebatron.files import check_writable
     from hebatron.report.comparison import write_comparison
     from hebatron.report.page import write_report
 
     folders = arguments.run_folders
+    if arguments.out is not None:
+        check_writable(arguments.out, "report: --out")
     if len(folders) == 1:
         print(write_report(folders[0], arguments.out))
     else:

@@ -191,6 +191,7 @@ def test_eval_asks_through_a_template(
     [
         (["corpus", "--shots", "0"], "--tasks or --lm-eval must be given with --shots, got none"),
         (["corpus", "--limit", "3"], "--tasks or --lm-eval must be given with --limit, got none"),
+        (["corpus", "--seed", "0"], "--tasks or --lm-eval must be given with --seed, got none"),
         (["corpus", "--chat"], "--tasks or --lm-eval must be given with --chat, got none"),
         (
             ["corpus", "--template", "nemotron3"],
