@@ -9,7 +9,7 @@ is on one side. What is held out is measured as nats per learnt token, by task a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,8 @@ def open_chats(config: SftConfig, tokenizer: Tokenizer, seed: int, held_out_toke
             f"sft.chats must leave a chat to train on, got {ledger.read} read, {len(unseen)} held out, "
             f"dropped: {dict(ledger.dropped) or 'none'}"
         )
+    _refuse_held_out("task_weights", config.task_weights, [s.task for s in seen], [s.task for s in unseen])
+    _refuse_held_out("lang_weights", config.lang_weights, [s.lang for s in seen], [s.lang for s in unseen])
     rows = pack_chats(
         seen,
         config.seq_len,
@@ -96,6 +98,17 @@ def open_chats(config: SftConfig, tokenizer: Tokenizer, seed: int, held_out_toke
     )
     tokenizer.chat_template = template.text
     return ChatData(encoder, ledger, rows, len(unseen), _first_by_hash(unseen, held_out_tokens))
+
+
+def _refuse_held_out(
+    name: str, weights: Mapping[str, float], seen: Sequence[str], unseen: Sequence[str]
+) -> None:
+    """A weight of what is not read at all; of a name that is nowhere, pack_chats speaks."""
+    for key in sorted((weights.keys() & set(unseen)) - set(seen)):
+        raise ValueError(
+            f"sft.{name} must name what is trained on, got {key!r}: held out by sft.held_out_permille "
+            f"{'is its one chat' if unseen.count(key) == 1 else f'are all {unseen.count(key)} chats of it'}"
+        )
 
 
 def _first_by_hash(samples: Sequence[Sample], max_tokens: int) -> list[Sample]:

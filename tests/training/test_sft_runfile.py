@@ -1,7 +1,9 @@
 """Run files with an [sft] section: what they print and train, and what is refused with the place named."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_toy import chat_config, write_chats
@@ -133,6 +135,29 @@ def test_run_files_with_wrong_chats_are_refused(root: Path, tmp_path: Path, text
 def test_runs_over_wrong_chats_are_refused(root: Path, tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_run(bad(root, tmp_path, text))
+
+
+def test_a_weight_of_what_is_wholly_held_out_says_so(root: Path, tmp_path: Path) -> None:
+    """Twenty tasks of one chat and twenty of two, half of the chats held out."""
+    chats = [(f"t{i}", f"q{i}.{k}") for i in range(40) for k in range(1 + i % 2)]
+    lines = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "a"}], "task": task}
+        for task, q in chats
+    ]
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
+    options: dict[str, Any] = {"chats": (tmp_path / "chats.jsonl",), "held_out_permille": 500}
+    data = open_run(chat_config(root, tmp_path, **options)).chats
+    assert data is not None
+    gone = {task for task, _ in chats} - {sample.task for sample in data.rows.samples}
+    for odd, count in ((0, "is its one chat"), (1, "are all 2 chats of it")):
+        task = min(task for task in gone if int(task[1:]) % 2 == odd)
+        message = f"sft.task_weights must name what is trained on, got '{task}': held out by .* {count}"
+        with pytest.raises(ValueError, match=message):
+            open_run(chat_config(root, tmp_path, **options, task_weights={task: 2.0}))
+    kept = min(sample.task for sample in data.rows.samples)
+    open_run(chat_config(root, tmp_path, **options, task_weights={kept: 2.0}))
 
 
 def test_corpora_with_nothing_held_out_are_refused(root: Path, tmp_path: Path) -> None:
