@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files import fsync
+from ..hub import write_generation_config
 from ..tokenizer import load_tokenizer
 from .checkpoint import checkpoints, model_tensors
 from .run import TOKENIZER, open_checkpoint
@@ -51,6 +52,7 @@ def average_checkpoints(run_dir: Path, last: int) -> Path:
             shutil.rmtree(left)
     model.save_pretrained(tmp)
     load_tokenizer(run_dir / TOKENIZER).save(tmp)
+    write_generation_config(model.config, tmp)
     for path in (*tmp.iterdir(), tmp):
         fsync(path)
     os.rename(tmp, final)

@@ -1,5 +1,6 @@
 """The mean of the last checkpoints is exactly that, and it is a model like any other."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ def run_dir(tmp_path: Path) -> Path:
 def test_average_is_the_mean_of_the_last_checkpoints(run_dir: Path, last: int) -> None:
     assert main(["average", str(run_dir), "--last", str(last)]) == 0
     averaged = Hebatron.from_pretrained(run_dir / "averaged", dtype=torch.float32)
+    told = json.loads((run_dir / "averaged/generation_config.json").read_text(encoding="utf-8"))
+    assert told["eos_token_id"] == list(averaged.config.eos_token_ids) and told["eos_token_id"]
     model = Hebatron(averaged.config)
     exact = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in model_tensors(model).items()}
     folders = checkpoints(run_dir / "checkpoints")[:last]
