@@ -64,6 +64,12 @@ class Run:
     def checkpoints(self) -> Path:
         return self.config.run_dir / "checkpoints"
 
+    @property
+    def frozen_path(self) -> str | None:
+        """Where the model under adapters is, from any folder."""
+        path = self.config.model.path
+        return None if self.frozen is None or path is None else str(path.resolve())
+
     def prompt_ids(self, prompt: str) -> list[int]:
         """A sample prompt as the model gets it: for chats, as what a user says."""
         return _prompt_ids(prompt, self.tokenizer, self.chats)
@@ -294,7 +300,8 @@ def open_trained(run_dir: Path) -> tuple[Hebatron, Path, list[str]]:
 
 
 def open_checkpoint(folder: Path, device: str) -> Hebatron:
-    """The model of one checkpoint; adapters are merged into the model they were trained on, found where it was."""
+    """The model of one checkpoint; adapters are merged into the model they were trained on, found where it was or,
+    that folder being gone, where `model.path` of the run leads from here."""
     state = load_state(folder)
     try:
         config, section = ModelConfig.from_hub(state["model"]), state["config"]["model"]
@@ -305,11 +312,18 @@ def open_checkpoint(folder: Path, device: str) -> Hebatron:
         model = Hebatron(config, dtype, device=device)
         load_weights(folder, model)
         return model
-    model = Hebatron.from_pretrained(section["path"], dtype=torch.float32, device=device)
+    places = [Path(place) for place in (state.get("frozen_path"), section["path"]) if place]
+    base = next((place for place in places if place.is_dir()), None)
+    if base is None:
+        raise CheckpointError(
+            f"checkpoint: {folder} has adapters for the model {state.get('frozen')!s:.12}, which must be at "
+            f"{' or '.join(map(str, places))}, got no folder there"
+        )
+    model = Hebatron.from_pretrained(base, dtype=torch.float32, device=device)
     if (found := weights_hash(model)) != state.get("frozen"):
         raise CheckpointError(
             f"checkpoint: {folder} has adapters for the model {state.get('frozen')!s:.12}, got {found:.12} in "
-            f"{section['path']}"
+            f"{base}"
         )
     add_adapters(model, from_table(LoraConfig, adapters, "lora"), seed=0)
     load_weights(folder, model)

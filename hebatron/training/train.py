@@ -330,6 +330,7 @@ def save(run: Run, metrics: MetricsWriter) -> None:
         "config_hash": config_hash(run.config),
         "base": run.base and run.base.hash,
         "frozen": run.frozen,
+        "frozen_path": run.frozen_path,
         "config": to_table(run.config, hashed_only=True),
         "model": run.model.config.to_hub(),
     }
@@ -376,9 +377,7 @@ def finish(run: Run) -> Path:
 def stop_on_signals() -> Iterator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets; the old handlers are back for the second."""
     stopping = threading.Event()
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python handles signals in the main thread only
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
         yield stopping
         return
     old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -144,6 +144,26 @@ def test_another_base_is_refused(root: Path, tmp_path: Path) -> None:
         open_trained(tmp_path / "run")
 
 
+def test_the_base_of_an_unfinished_run_is_found_from_any_folder(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = lora_config(root, tmp_path / "run")
+    base, elsewhere = tmp_path / "here/base", tmp_path / "elsewhere"
+    Hebatron.from_pretrained(root / "base").save_pretrained(base)
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    toy_train(replace(config, model=ModelSection(path=Path("base"))), stop_after=1)
+    ids = torch.arange(5)[None]
+    expected = open_trained(tmp_path / "run")[0].eval()(ids).logits
+    monkeypatch.chdir(elsewhere)
+    assert torch.equal(open_trained(tmp_path / "run")[0].eval()(ids).logits, expected)
+    base.rename(tmp_path / "base")  # moved away: model.path still leads to it, from the folder beside
+    with pytest.raises(CheckpointError, match=rf"must be at {base} or base, got no folder there"):
+        open_trained(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(open_trained(tmp_path / "run")[0].eval()(ids).logits, expected)
+
+
 def test_adapters_need_a_model_to_adapt(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.path must be given with \[lora\].* got none"):
         check_run_config(replace(lora_config(root, tmp_path), model=ModelSection(preset="tiny")))
