@@ -34,13 +34,15 @@ Normalization = Literal["none", "hebrew-v1"]
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 BIDI_CONTROLS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
+_NIQQUD, _CANTILLATION = "\u05b0-\u05bd\u05bf\u05c1\u05c2\u05c7", "\u0591-\u05af\u05c4\u05c5"
+POINTS = re.compile(f"[{_NIQQUD}{_CANTILLATION}]")
 _LETTER = "\u05d0-\u05ea\u05ef-\u05f2"
 _LINE = re.compile(rf"[^\n]*[{_LETTER}][^\n]*")
 # Without the five code points of the block that are no characters.
 _PRESENTATION = re.compile("[\ufb1d-\ufb36\ufb38-\ufb3c\ufb3e\ufb40\ufb41\ufb43\ufb44\ufb46-\ufb4f]")
 _EVERYWHERE = [
-    ("niqqud", re.compile("[\u05b0-\u05bd\u05bf\u05c1\u05c2\u05c7]"), ""),
-    ("cantillation", re.compile("[\u0591-\u05af\u05c4\u05c5]"), ""),
+    ("niqqud", re.compile(f"[{_NIQQUD}]"), ""),
+    ("cantillation", re.compile(f"[{_CANTILLATION}]"), ""),
     ("maqaf", re.compile("\u05be"), "-"),
     ("paseq", re.compile("\u05c0"), ""),
     ("sof pasuq", re.compile("\u05c3"), "."),
@@ -87,10 +89,7 @@ def normalize(text: str, rules: str) -> tuple[str, Counter[str]]:
 
 def strip_points(text: str) -> str:
     """`text` without niqqud and cantillation: what comparing and counting words needs."""
-    return _POINTS.sub("", text)
-
-
-_POINTS = re.compile("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7]")
+    return POINTS.sub("", text)
 
 
 def _substitute(pattern: re.Pattern[str], by: str, text: str, name: str, changes: Counter[str]) -> str:
@@ -102,7 +101,7 @@ def _substitute(pattern: re.Pattern[str], by: str, text: str, name: str, changes
 def _decompose(character: str) -> str:
     """The letters of one presentation form."""
     parts = unicodedata.normalize("NFKD", character)
-    return "".join(part for part in parts if not _POINTS.match(part) and part != "\ufb1e")
+    return "".join(part for part in parts if not POINTS.match(part) and part != "\ufb1e")
 
 
 def _normalize_line(line: str, changes: Counter[str]) -> str:

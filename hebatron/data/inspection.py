@@ -14,13 +14,14 @@ import numpy.typing as npt
 from ..tokenizer import Tokenizer
 from .corpus import Corpus
 from .difficulty import document_text, words
+from .hebrew import POINTS
 
 SAMPLE_CHARS, EXAMPLES = 300, 5
 _CHARACTERS = {
     "hebrew": re.compile("[\u05d0-\u05ea\u05ef-\u05f2\ufb1d-\ufb4f]"),
     "latin": re.compile("[A-Za-z\u00c0-\u024f]"),
     "digits": re.compile(r"\d"),
-    "points": re.compile("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7]"),
+    "points": POINTS,
     "replacement": re.compile("\ufffd"),  # what is left of a text that was decoded wrongly
 }
 

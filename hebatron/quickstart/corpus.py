@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
+from hebatron.data.hebrew import strip_points
 from hebatron.quickstart import exercises
 
 INSTALL_HINT = 'pip install -e ".[quickstart]"'
@@ -38,7 +39,7 @@ _POETRY = (12, 13, 14, 15, 16, 17, 18, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 3
 _WHOLE_BOOKS = (3, 4, 5, 35, 37, 38, 39, 36)  # the last, Ezra, is held out: it is the shortest
 _ARAMAIC_CHAPTERS = {35: range(2, 8), 36: range(4, 8)}  # Daniel 2-7, Ezra 4-7
 
-_MARKS = re.compile("[\u0591-\u05bd\u05bf\u05c0-\u05c2\u05c4-\u05c7\u034f]")  # niqqud, accents, paseq
+_MARKS = re.compile("[\u05c0\u05c6\u034f]")  # beside the points: paseq, inverted nun, grapheme joiner
 _TAGS = re.compile(r"<[^>]*>")
 _HEBREW = re.compile("[\u05d0-\u05ea]")
 # The English package keeps three windows-1252 punctuation bytes as control characters.
@@ -62,7 +63,7 @@ class Document:
 
 def strip_marks(text: str) -> str:
     """Hebrew without vowel points and accents; maqaf becomes '-', sof pasuq '.', spaces single."""
-    plain = _MARKS.sub("", text).replace("\u05be", "-").replace("\u05c3", ".")
+    plain = _MARKS.sub("", strip_points(text)).replace("\u05be", "-").replace("\u05c3", ".")
     return " ".join(plain.split())
 
 
