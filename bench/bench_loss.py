@@ -1,6 +1,6 @@
 """linear_cross_entropy, forward and backward: the C++ kernel against the torch form and torch's own.
 
-    OMP_PROC_BIND=true OMP_PLACES=cores python bench/bench_loss.py [--out FILE.json]
+    OMP_PROC_BIND=true OMP_PLACES=cores python bench/bench_loss.py [--only TEXT ...] [--out FILE.json]
 
 The limit is the peak of products, measured between the rivals in the same run. Three products count, the least that
 the gradients need: a form that makes the logits again in the backward does four. Correctness is checked before timing.
@@ -8,11 +8,10 @@ the gradients need: a form that makes the logits again in the backward does four
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from common import Case, interleaved, save, show
+from common import Case, run
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,30 +46,28 @@ def rivals(args: list[Tensor], grad: bool) -> dict[str, Callable[[], object]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--only", type=int, nargs="+", help="only these rows of SHAPES")
-    parser.add_argument("--out", default=None)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    results = []
-    for n, (tokens, width, entries, dtype) in enumerate(SHAPES):
-        if options.only and n not in options.only:
-            continue
-        small = make(60, width, min(entries, 1200), torch.float64)
-        testing.check_oracle(hk.linear_cross_entropy, [*small, -100, "mean"], dtype, "native")
-        args = make(tokens, width, entries, dtype)
+def cases() -> list[Case]:
+    found = []
+    for tokens, width, entries, dtype in SHAPES:
+        limit = str(dtype).removeprefix("torch.")
         for grad in (False, True):
-            name = f"{str(dtype).removeprefix('torch.')} {tokens} x {width} x {entries}"
+            name = f"linear_cross_entropy {limit} {tokens} x {width} x {entries}"
             name += " forward+backward" if grad else " forward"
             work = (3 if grad else 1) * 2 * tokens * width * entries
-            case = Case(name, work, rivals(args, grad), str(dtype).removeprefix("torch."))
-            results += interleaved([case], rounds=options.rounds)
-            show(results[-1:])
-    if options.out:
-        save(options.out, results)
+            moved = (3 if grad else 1) * (tokens + entries) * width * dtype.itemsize
+
+            def calls(shape=(tokens, width, entries, dtype), grad=grad):
+                return rivals(make(*shape), grad)
+
+            found.append(Case(name, calls, work, moved, limit))
+    return found
+
+
+def check() -> None:
+    for tokens, width, entries, dtype in SHAPES:
+        small = make(min(tokens, 60), width, min(entries, 1200), torch.float64)
+        testing.check_oracle(hk.linear_cross_entropy, [*small, -100, "mean"], dtype, "native")
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, cases, check)

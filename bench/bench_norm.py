@@ -1,6 +1,6 @@
 """rms_norm at the model's shapes: the C++ kernel against the torch form and F.rms_norm, as shares of a measured copy.
 
-    OMP_PROC_BIND=true OMP_PLACES=cores python bench/bench_norm.py [--rows 4096] [--out bench/results/norm.json]
+    OMP_PROC_BIND=true OMP_PLACES=cores python bench/bench_norm.py [--only TEXT ...] [--out FILE.json]
 
 The limit is DRAM: each figure counts the bytes that must move once and is divided by the rate of a copy of a buffer
 as large as the widest case, measured between the others in the same run. Correctness is checked before timing.
@@ -8,17 +8,17 @@ as large as the widest case, measured between the others in the same run. Correc
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
-from common import Case, interleaved, save, show
+from common import Case, run
 from torch.nn import functional as F
 
 import hebatron_kernels as hk
 from hebatron_kernels import testing
 
 # form, width, group: the norm before a mixer, the same with the residual sum, Mamba-2's gated norm (8 groups of 512)
+ROWS = 4096
 FORMS = [("plain", 2688, None), ("residual", 2688, None), ("gated", 4096, 512)]
 
 
@@ -56,30 +56,30 @@ def rivals(args: list, group: int | None, grad: bool) -> dict[str, Callable[[], 
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--out", default=None)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    cases = []
+def cases() -> list[Case]:
+    found = []
     for form, width, group in FORMS:
         for dtype in (torch.bfloat16, torch.float32):
-            args = make(form, options.rows, width, dtype)
-            testing.check_oracle(hk.rms_norm, [*make(form, 64, width, torch.float64), group], dtype, "native")
             for grad in (False, True):
                 tensors = {"plain": 2, "residual": 4, "gated": 3}[form]
                 if grad:  # forward, then the inputs and grad_y again, and the gradients written
                     tensors += {"plain": 3, "residual": 6, "gated": 5}[form]
-                size = tensors * options.rows * width * dtype.itemsize
-                name = f"{form} {str(dtype).removeprefix('torch.')} {options.rows}x{width}"
+                values = ROWS * width
+                name = f"rms_norm {form} {str(dtype).removeprefix('torch.')} {ROWS}x{width}"
                 name += " forward+backward" if grad else " forward"
-                cases.append(Case(name, size, rivals(args, group, grad)))
-    results = interleaved(cases, buffer_bytes=options.rows * 4096 * 4)
-    show(results)
-    if options.out:
-        save(options.out, results)
+
+                def calls(form=form, width=width, group=group, dtype=dtype, grad=grad):
+                    return rivals(make(form, ROWS, width, dtype), group, grad)
+
+                found.append(Case(name, calls, 4 * values, tensors * values * dtype.itemsize))
+    return found
+
+
+def check() -> None:
+    for form, width, group in FORMS:
+        for dtype in (torch.bfloat16, torch.float32):
+            testing.check_oracle(hk.rms_norm, [*make(form, 64, width, torch.float64), group], dtype, "native")
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, cases, check)

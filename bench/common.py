@@ -3,6 +3,7 @@ machine they ran on."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -13,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,18 +42,27 @@ def grouped_gemm_forms(compiled: Iterable[str], compute_capability: int) -> dict
 
 @dataclass
 class Case:
+    """What is timed. `rivals` makes the calls, ours first, when the case's turn comes: one may hold gigabytes. A call
+    that returns a float has taken its own time in seconds."""
+
     name: str
-    work: int  # bytes that must move once, or operations
-    rivals: dict[str, Callable[[], object]]
+    rivals: Callable[[], dict[str, Callable[[], object]]]
+    operations: float = 0
+    bytes: float = 0  # that must move once
     limit: str = (
-        "copy"  # the rate the work is held against: DRAM's "copy" or "read", "float32" or "bfloat16" products
+        "copy"  # what the rate is held against: DRAM's "copy" or "read", "float32" or "bfloat16" products
     )
+    tokens: int = 0  # of one call, where a rate of tokens says something
+
+    @property
+    def work(self) -> float:
+        return self.bytes if self.limit in ("copy", "read") else self.operations
 
 
 def seconds(call: Callable[[], object]) -> float:
     begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+    taken = call()
+    return taken if isinstance(taken, float) else time.perf_counter() - begin
 
 
 @cache
@@ -77,34 +87,49 @@ def peak(limit: str) -> float:
     return rate or _peak_library().peak(0, torch.get_num_threads(), 0.02)
 
 
-def interleaved(cases: list[Case], buffer_bytes: int = 2**26, rounds: int = 15) -> list[dict]:
-    """Every rival of a case in turn, `rounds` times, and between them the case's limit; medians of the ratios."""
-    source = torch.randn(buffer_bytes // 4)
+def read_rate() -> float:
+    """Bytes a second of reading 256 MB of memory, on as many threads as torch uses."""
+    buffer = _probe()
+    return _peak_library().read_rate(buffer.data_ptr(), buffer.nbytes, torch.get_num_threads())
+
+
+@cache
+def _probe() -> torch.Tensor:
+    return torch.ones(2**26)
+
+
+def interleaved(case: Case, rounds: int = 9, seconds_each: float = 1e9, buffer_bytes: int = 2**26) -> dict:
+    """Every rival of a case in turn, `rounds` times, and between them the case's limit; medians of the ratios.
+
+    A rival that would need more than `seconds_each` in all gets fewer rounds, at least the one that warms others up;
+    the row says how many.
+    """
+    source = torch.ones(buffer_bytes // 4)
     target = torch.empty_like(source)
+    calls = case.rivals()
 
-    def limit_rate(limit: str) -> float:
-        if limit == "read":
-            return _peak_library().read_rate(source.data_ptr(), buffer_bytes, torch.get_num_threads())
-        if limit != "copy":
-            return peak(limit)
-        return 2 * buffer_bytes / seconds(lambda: target.copy_(source))
+    def limit_rate() -> float:
+        if case.limit == "read":
+            return read_rate()
+        if case.limit != "copy":
+            return peak(case.limit)
+        return 2 * source.nbytes / seconds(lambda: target.copy_(source))
 
-    results = []
-    for case in cases:
-        for call in case.rivals.values():
-            call()
-        limit_rate(case.limit)
-        times: dict[str, list[float]] = {name: [] for name in case.rivals}
-        limits: dict[str, list[float]] = {name: [] for name in case.rivals}
-        for _ in range(rounds):
-            before = limit_rate(case.limit)
-            for name, call in case.rivals.items():
+    limit_rate()
+    before = limit_rate()
+    warm = {name: seconds(call) for name, call in calls.items()}
+    turns = {name: min(rounds, int(seconds_each / max(t, 1e-9))) for name, t in warm.items()}
+    times = {name: [] if turns[name] else [warm[name]] for name in calls}
+    limits = {name: [] if turns[name] else [before] for name in calls}
+    for turn in range(rounds):
+        before = limit_rate()
+        for name, call in calls.items():
+            if turn < turns[name]:
                 times[name].append(seconds(call))
-                after = limit_rate(case.limit)
+                after = limit_rate()
                 limits[name].append((before + after) / 2)
                 before = after
-        results.append(_row(case, times, limits))
-    return results
+    return _row(case, times, limits)
 
 
 def _row(case: Case, times: dict[str, list[float]], limits: dict[str, list[float]]) -> dict:
@@ -114,29 +139,67 @@ def _row(case: Case, times: dict[str, list[float]], limits: dict[str, list[float
         "case": case.name,
         "limit": case.limit,
         "limit_g_per_s": round(statistics.median(everywhere) / 1e9, 1),
+        "operations": case.operations,
+        "bytes": case.bytes,
+        "rivals": {},
     }
     for name, taken in times.items():
         share = statistics.median(case.work / t / rate for t, rate in zip(taken, limits[name]))
         ratio = statistics.median(t / f for t, f in zip(taken, times[first]))
-        row[name] = {
+        row["rivals"][name] = {
             "ms": round(statistics.median(taken) * 1e3, 3),
             "g_per_s": round(case.work / statistics.median(taken) / 1e9, 1),
             "percent_of_limit": round(100 * share, 1),
             f"times_slower_than_{first}": round(ratio, 2),
+            "rounds": len(taken),
         }
+        if case.tokens:
+            row["rivals"][name]["tokens_per_s"] = round(case.tokens / statistics.median(taken), 1)
     return row
 
 
-def show(results: list[dict]) -> None:
-    for row in results:
-        unit = "GB/s" if row["limit"] in ("copy", "read") else "GFLOP/s"
-        print(f"{row['case']}  ({row['limit']} {row['limit_g_per_s']} {unit})")
-        for name, value in row.items():
-            if isinstance(value, dict):
-                ms, rate, share, ratio = value.values()
-                print(
-                    f"    {name:<12} {ms:10.3f} ms  {rate:6.1f} {unit}  {share:5.1f} %  {ratio:5.2f}x the time"
-                )
+def show(row: dict) -> None:
+    unit = "GB/s" if row["limit"] in ("copy", "read") else "GFLOP/s"
+    print(f"{row['case']}  ({row['limit']} {row['limit_g_per_s']} {unit})")
+    for name, value in row["rivals"].items():
+        ms, rate, share, ratio, rounds, *tokens = value.values()
+        speed = f"  {tokens[0]:10,.1f} tok/s" if tokens else ""
+        text = f"{ms:10.3f} ms  {rate:6.1f} {unit}  {share:5.1f} %  {ratio:5.2f}x the time"
+        print(f"    {name:<12} {text}{speed}  {rounds} rounds", flush=True)
+
+
+def run(
+    description: str | None,
+    cases: Callable[[], list[Case]],
+    check: Callable[[], None],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """The command line of a bench_<noun>.py: correctness, then the cases whose name holds a text of --only."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name holds one")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--list", action="store_true", help="print the cases' names")
+    parser.add_argument("--out", default=None, help="a JSON file")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    chosen = [case for case in cases() if any(text in case.name for text in options.only)]
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    check()
+    results = measure(chosen, options.rounds)
+    if options.out:
+        save(options.out, results)
+
+
+def measure(cases: list[Case], rounds: int = 9, seconds_each: float = 1e9) -> list[dict]:
+    results = []
+    for case in cases:
+        results.append(interleaved(case, rounds, seconds_each))
+        show(results[-1])
+    return results
 
 
 def machine() -> dict[str, object]:
@@ -160,14 +223,16 @@ def machine() -> dict[str, object]:
     }
 
 
-def save(path: str, results: list[dict]) -> None:
+def save(path: str, results: list[dict], **more: object) -> None:
     settings = [
         f"{name}={os.environ[name]}" for name in ("OMP_PROC_BIND", "OMP_PLACES") if name in os.environ
     ]
     command = " ".join([*settings, "python", shlex.join(sys.argv)])
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"command": command, **machine(), "results": results}, indent=1) + "\n")
+    target.write_text(
+        json.dumps({"command": command, **machine(), **more, "results": results}, indent=1) + "\n"
+    )
 
 
 def find_nvcc() -> Path:

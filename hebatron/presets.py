@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .config import ModelConfig
+from .sizes import count_parameters
 
 
 def nano_30b_a3b() -> ModelConfig:
@@ -114,14 +115,27 @@ def quickstart(vocab_size: int = 4096) -> ModelConfig:
     )
 
 
-def quickstart_dense(vocab_size: int = 4096) -> ModelConfig:
-    """`quickstart` with dense MLPs in place of the experts and exactly the same number of parameters."""
-    moe = quickstart(vocab_size)
-    # 16 experts and the shared one of 2*192*192 each, and a router of 16*192: 1,256,448 = 2 * 192 * 3272.
+def dense_like(moe: ModelConfig, share: str) -> ModelConfig:
+    """`moe` with a dense MLP in place of each expert layer, of as many parameters as that layer has in all or uses for
+    one token, to the nearest width.
+
+    Args:
+        share: "total" or "active".
+    """
+    if share not in ("total", "active") or "moe" not in moe.layers_block_type:
+        got = f"{share!r} of {moe.pattern}"
+        raise ValueError(f"dense_like: share must be 'total' or 'active', of a model with experts, got {got}")
+    counts = count_parameters(moe)
+    layer = (counts.layers if share == "total" else counts.active_layers)["moe"] - moe.hidden_size  # its norm
     return moe.replace(
         layers_block_type=tuple("mlp" if kind == "moe" else kind for kind in moe.layers_block_type),
-        intermediate_size=3272,
+        intermediate_size=round(layer / (2 * moe.hidden_size)),
     )
+
+
+def quickstart_dense(vocab_size: int = 4096) -> ModelConfig:
+    """`quickstart` with dense MLPs in place of the experts and exactly the same number of parameters."""
+    return dense_like(quickstart(vocab_size), "total")
 
 
 def tiny(vocab_size: int = 64) -> ModelConfig:

@@ -246,6 +246,21 @@ def test_quickstart_models_are_of_equal_size() -> None:
     assert moe.pattern == "MEM*EME" and dense.pattern == "M-M*-M-"
 
 
+@pytest.mark.parametrize("name", ["nano_30b_a3b", "super_120b_a12b", "scaled_570m", "tiny"])
+def test_dense_like_has_the_parameters_of_all_experts_or_of_the_active(name: str) -> None:
+    moe = presets.PRESETS[name]()
+    counts = count_parameters(moe)
+    total, active = (count_parameters(presets.dense_like(moe, share)) for share in ("total", "active"))
+    assert total.total == counts.total and active.active == counts.active
+    assert active.total == active.active + counts.embedding + counts.head
+
+
+@pytest.mark.parametrize(("name", "share"), [("tiny", "half"), ("nano_4b", "total")])
+def test_dense_like_refuses_another_share_and_a_model_without_experts(name: str, share: str) -> None:
+    with pytest.raises(ValueError, match=r"dense_like: share must be 'total' or 'active', of a model with"):
+        presets.dense_like(presets.PRESETS[name](), share)
+
+
 @pytest.mark.parametrize("name", presets.PRESETS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_counts_equal_the_model_on_meta(name: str, tied: bool) -> None:
