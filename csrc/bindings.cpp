@@ -1,10 +1,10 @@
-// The only file that knows Python. Compiled once per module (_cpu, _cuda, _emu); every argument is keyword-only, tensors
-// come as integers (data pointers), the GIL is released while a kernel runs.
-#include <pybind11/pybind11.h>
+// With bindings.h the only file that knows Python. Compiled once per module (_cpu, _cuda, _emu); every argument is
+// keyword-only, tensors come as integers (data pointers), the GIL is released while a kernel runs.
 #include <pybind11/stl.h>
 
 #include <algorithm>
 
+#include "bindings.h"
 #include "hebatron/ops.h"
 #ifdef HEBATRON_MODULE_CPU
 #include "cpu/dispatch.h"
@@ -19,56 +19,6 @@ namespace backend = hebatron::cpu;
 namespace backend = hebatron::cuda;
 #define HEBATRON_MODULE_OPS HEBATRON_CUDA_OPS
 #endif
-
-namespace py = pybind11;
-using namespace hebatron;
-using Ptr = uintptr_t;
-
-static DType dtype_of(const std::string& name) {
-  if (name == "float32") return DType::f32;
-  if (name == "bfloat16") return DType::bf16;
-  fail("dtype must be float32 or bfloat16, got " + name);
-}
-
-static Exec exec_of(const py::kwargs& kw) {
-  auto integer = [&](const char* key) { return kw.contains(key) ? kw[key].cast<int64_t>() : int64_t(0); };
-  Exec e;
-  e.device = kw.contains("device") ? kw["device"].cast<int>() : -1;
-  e.stream = (void*)integer("stream");
-  e.workspace = (void*)integer("workspace");
-  e.bytes_workspace = integer("bytes_workspace");
-  e.threads = kw.contains("threads") ? kw["threads"].cast<int>() : 1;
-  check(e.threads >= 1, "exec", "threads must be >= 1", e.threads);
-  return e;
-}
-
-// Reads one operator's arguments from keywords; an unknown keyword is an error, a missing one names itself.
-class Reader {
- public:
-  explicit Reader(const py::kwargs& kw) : kw_(kw) {}
-  int64_t integer(const char* key) { return get(key).cast<int64_t>(); }
-  double real(const char* key) { return get(key).cast<double>(); }
-  DType dtype(const char* key) { return dtype_of(get(key).cast<std::string>()); }
-  void* pointer(const char* key) {
-    py::object value = get(key);
-    return value.is_none() ? nullptr : (void*)value.cast<Ptr>();
-  }
-  void finish() const {
-    static const char* const exec_keys[] = {"device", "stream", "workspace", "bytes_workspace", "threads"};
-    size_t known = seen_;
-    for (const char* key : exec_keys) known += kw_.contains(key);
-    if (known != kw_.size()) fail("unexpected keyword among: " + std::string(py::str(py::list(kw_))));
-  }
-
- private:
-  py::object get(const char* key) {
-    if (!kw_.contains(key)) fail(std::string("missing keyword ") + key);
-    seen_++;
-    return kw_[key];
-  }
-  const py::kwargs& kw_;
-  size_t seen_ = 0;
-};
 
 static RmsNormArgs read_rms_norm(Reader& in, bool outputs) {
   RmsNormArgs a{};
@@ -303,6 +253,25 @@ static MoeMlpBwdArgs read(Reader& in, MoeMlpBwdArgs*) {
   return b;
 }
 
+static LinearArgs read(Reader& in, LinearArgs*) {
+  LinearArgs a{};
+  a.rows = in.integer("rows");
+  a.n = in.integer("n");
+  a.k = in.integer("k");
+  a.workers = in.integer("workers");
+  a.dtype = in.dtype("dtype");
+  a.weight_dtype = in.dtype("weight_dtype");
+  a.out_dtype = in.dtype("out_dtype");
+  a.a = in.pointer("a");
+  a.a_stride = in.integer("a_stride");
+  a.b = in.pointer("b");
+  a.b_stride = in.integer("b_stride");
+  a.b_k_major = in.integer("b_k_major") != 0;
+  a.packed = in.integer("packed") != 0;
+  a.out = in.pointer("out");
+  return a;
+}
+
 static MoePackArgs read(Reader& in, MoePackArgs*) {
   MoePackArgs a{};
   a.experts = in.integer("experts");
@@ -388,7 +357,7 @@ static AttentionBwdArgs read(Reader& in, AttentionBwdArgs*) {
   return b;
 }
 
-static AttentionDecodeArgs read(Reader& in, AttentionDecodeArgs*) {
+static AttentionDecodeArgs read_attention_decode(Reader& in, bool projected) {
   AttentionDecodeArgs a{};
   a.sequences = in.integer("sequences");
   a.heads = in.integer("heads");
@@ -400,15 +369,18 @@ static AttentionDecodeArgs read(Reader& in, AttentionDecodeArgs*) {
   a.scale = in.real("scale");
   a.dtype = in.dtype("dtype");
   a.workers = in.integer("workers");
-  a.q = in.pointer("q");
-  a.q_stride = in.integer("q_stride");
-  a.q_head_stride = in.integer("q_head_stride");
-  a.k_new = in.pointer("k_new");
-  a.k_new_stride = in.integer("k_new_stride");
-  a.k_new_head_stride = in.integer("k_new_head_stride");
-  a.v_new = in.pointer("v_new");
-  a.v_new_stride = in.integer("v_new_stride");
-  a.v_new_head_stride = in.integer("v_new_head_stride");
+  if (projected) {
+    a.q = in.pointer("q");
+    a.q_stride = in.integer("q_stride");
+    a.q_head_stride = in.integer("q_head_stride");
+    a.k_new = in.pointer("k_new");
+    a.k_new_stride = in.integer("k_new_stride");
+    a.k_new_head_stride = in.integer("k_new_head_stride");
+    a.v_new = in.pointer("v_new");
+    a.v_new_stride = in.integer("v_new_stride");
+    a.v_new_head_stride = in.integer("v_new_head_stride");
+    a.o = in.pointer("o");
+  }
   a.keys = in.pointer("keys");
   a.values = in.pointer("values");
   a.block_stride = in.integer("block_stride");
@@ -416,7 +388,78 @@ static AttentionDecodeArgs read(Reader& in, AttentionDecodeArgs*) {
   a.head_stride = in.integer("head_stride");
   a.block_table = (const int32_t*)in.pointer("block_table");
   a.lengths = (const int32_t*)in.pointer("lengths");
-  a.o = in.pointer("o");
+  return a;
+}
+
+static AttentionDecodeArgs read(Reader& in, AttentionDecodeArgs*) { return read_attention_decode(in, true); }
+
+static AttentionStepArgs read(Reader& in, AttentionStepArgs*) {
+  AttentionStepArgs a{};
+  a.decode = read_attention_decode(in, false);
+  a.width = in.integer("width");
+  a.eps = in.real("eps");
+  a.x = in.pointer("x");
+  a.norm = (const float*)in.pointer("norm");
+  a.q_proj = in.pointer("q_proj");
+  a.k_proj = in.pointer("k_proj");
+  a.v_proj = in.pointer("v_proj");
+  a.o_proj = in.pointer("o_proj");
+  a.y = in.pointer("y");
+  return a;
+}
+
+static MambaStepArgs read(Reader& in, MambaStepArgs*) {
+  MambaStepArgs a{};
+  a.sequences = in.integer("sequences");
+  a.width = in.integer("width");
+  a.heads = in.integer("heads");
+  a.head_dim = in.integer("head_dim");
+  a.groups = in.integer("groups");
+  a.state_dim = in.integer("state_dim");
+  a.taps = in.integer("taps");
+  a.eps = in.real("eps");
+  a.dt_min = in.real("dt_min");
+  a.dt_max = in.real("dt_max");
+  a.dtype = in.dtype("dtype");
+  a.x = in.pointer("x");
+  a.norm = (const float*)in.pointer("norm");
+  a.in_proj = in.pointer("in_proj");
+  a.conv_state = in.pointer("conv_state");
+  a.conv_weight = (const float*)in.pointer("conv_weight");
+  a.conv_bias = (const float*)in.pointer("conv_bias");
+  a.state = (float*)in.pointer("state");
+  a.A = (const float*)in.pointer("A");
+  a.D = (const float*)in.pointer("D");
+  a.dt_bias = (const float*)in.pointer("dt_bias");
+  a.gate_norm = (const float*)in.pointer("gate_norm");
+  a.out_proj = in.pointer("out_proj");
+  a.y = in.pointer("y");
+  return a;
+}
+
+static MoeStepArgs read(Reader& in, MoeStepArgs*) {
+  MoeStepArgs a{};
+  a.tokens = in.integer("tokens");
+  a.width = in.integer("width");
+  a.experts = in.integer("experts");
+  a.top_k = in.integer("top_k");
+  a.groups = in.integer("groups");
+  a.kept_groups = in.integer("kept_groups");
+  a.expert_width = in.integer("expert_width");
+  a.shared_width = in.integer("shared_width");
+  a.normalize = in.integer("normalize") != 0;
+  a.eps = in.real("eps");
+  a.scale = in.real("scale");
+  a.dtype = in.dtype("dtype");
+  a.x = in.pointer("x");
+  a.norm = (const float*)in.pointer("norm");
+  a.router = in.pointer("router");
+  a.bias = (const float*)in.pointer("bias");
+  a.up = in.pointer("up");
+  a.down = in.pointer("down");
+  a.shared_up = in.pointer("shared_up");
+  a.shared_down = in.pointer("shared_down");
+  a.y = in.pointer("y");
   return a;
 }
 #endif
@@ -512,13 +555,23 @@ static py::dict emulator_statistics() {
 #endif
 
 PYBIND11_MODULE(HEBATRON_MODULE, m) {
-#define HEBATRON_BIND(name, Args)                                                                          \
-  m.def(#name, [](const py::kwargs& kw) {                                                                  \
-    Args args = parse<Args>(kw);                                                                           \
-    Exec exec = exec_of(kw);                                                                               \
-    py::gil_scoped_release release;                                                                        \
-    backend::name(args, exec);                                                                             \
-  });                                                                                                      \
+// `name` runs an operator; `name_or_size` does so where the workspace suffices and returns 0, else only the bytes it needs.
+#define HEBATRON_BIND(name, Args)                                                                                         \
+  m.def(#name, [](const py::kwargs& kw) {                                                                                 \
+    Args args = parse<Args>(kw);                                                                                          \
+    Exec exec = exec_of(kw);                                                                                              \
+    py::gil_scoped_release release;                                                                                       \
+    backend::name(args, exec);                                                                                            \
+  });                                                                                                                     \
+  m.def(#name "_or_size", [](const py::kwargs& kw) {                                                                      \
+    Args args = parse<Args>(kw);                                                                                          \
+    Exec exec = exec_of(kw);                                                                                              \
+    const int64_t needed = backend::name##_workspace(args);                                                               \
+    if (needed > exec.bytes_workspace) return needed;                                                                     \
+    py::gil_scoped_release release;                                                                                       \
+    backend::name(args, exec);                                                                                            \
+    return int64_t(0);                                                                                                    \
+  });                                                                                                                     \
   m.def(#name "_workspace", [](const py::kwargs& kw) { return backend::name##_workspace(parse<Args>(kw)); });
   HEBATRON_MODULE_OPS(HEBATRON_BIND)
 #ifdef HEBATRON_MODULE_CPU

@@ -215,6 +215,17 @@ def small_cases() -> dict[str, Callable[[], dict[str, Any]]]:
         up, down = (hebatron_kernels.moe_pack(plain.pop(name)) for name in ("up_EFD", "down_EDF"))
         return {**plain, "up": up, "down": down, "num_experts": 8, "expert_width": 6}
 
+    def linear() -> dict[str, Any]:
+        return {"x_TD": draw(13, 10), "weight_MD": draw(7, 10)}
+
+    def linear_packed() -> dict[str, Any]:
+        plain = linear()
+        return {
+            "x_TD": plain["x_TD"],
+            "packed": hebatron_kernels.linear_pack(plain["weight_MD"]),
+            "outputs": 7,
+        }
+
     def loss() -> dict[str, Any]:
         targets = torch.arange(13) % 11
         targets[3] = -100
@@ -241,6 +252,8 @@ def small_cases() -> dict[str, Callable[[], dict[str, Any]]]:
         "moe_combine": combine,
         "moe_mlp": experts,
         "moe_mlp_packed": packed,
+        "linear": linear,
+        "linear_packed": linear_packed,
         "linear_cross_entropy": loss,
     }
     return {name: seeded(make) for name, make in cases.items()}

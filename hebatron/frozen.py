@@ -1,6 +1,6 @@
 """A model that will only be run: its weights once in the dtype it computes in, the experts' in the kernels' own order.
 
-E experts, F expert width, D width.
+E experts, F expert width, D width, T tokens.
 """
 
 from __future__ import annotations
@@ -10,9 +10,62 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hebatron_kernels import moe_mlp_packed, moe_pack, moe_unpack
+from hebatron_kernels import (
+    attention_step,
+    linear_pack,
+    linear_packed,
+    linear_unpack,
+    mamba_step,
+    moe_mlp_packed,
+    moe_pack,
+    moe_step,
+    moe_unpack,
+    step_available,
+)
 
-from .model import Experts, Hebatron, Linear
+from .cache import CacheStep
+from .model import Context, Experts, Hebatron, Layer, Linear, Router, RouterStats
+
+
+def _refuse_loading(prefix: str) -> None:
+    raise ValueError(f"load_state_dict: {prefix[:-1]} must not be frozen: load first, then freeze")
+
+
+class PackedMatrix(nn.Module):
+    """A module whose `weight` is packed for the CPU kernels; reading it unpacks it, as a state dict does."""
+
+    packed: Tensor
+
+    def __init__(self, weight_MD: Tensor, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight_MD.shape
+        self.register_buffer("packed", linear_pack(weight_MD.detach(), dtype), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return linear_unpack(self.packed, self.out_features, self.in_features)
+
+    def project(self, x_TD: Tensor) -> Tensor:
+        return linear_packed(x_TD.to(self.packed.dtype), self.packed, self.out_features)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any) -> None:
+        _refuse_loading(prefix)
+
+
+class FrozenLinear(PackedMatrix):
+    def forward(self, input: Tensor) -> Tensor:
+        return self.project(input)
+
+
+class FrozenRouter(PackedMatrix, Router):  # type: ignore[misc]
+    def __init__(self, router: Router) -> None:
+        super().__init__(router.weight, router.weight.dtype)
+        self.config = router.config
+        self.register_buffer("e_score_correction_bias", router.e_score_correction_bias)
 
 
 class FrozenExperts(Experts):
@@ -36,17 +89,77 @@ class FrozenExperts(Experts):
         destination[f"{prefix}down_proj"] = moe_unpack(self.packed_down, E, D, F)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any) -> None:
-        raise ValueError(f"load_state_dict: {prefix[:-1]} must not be frozen: load first, then freeze")
+        _refuse_loading(prefix)
+
+
+class FrozenLayer(Layer):
+    """A layer whose mixer is frozen: one token a sequence is one call, where the kernels have one for it."""
+
+    step_norm: Tensor
+
+    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.kind, self.index, self.norm, self.mixer = layer.kind, layer.index, layer.norm, layer.mixer
+        mixer: Any = self.mixer
+        self.whole = self.kind in ("mamba", "attention") or (self.kind == "moe" and not mixer.latent)
+        vectors: dict[str, Tensor] = {"norm": self.norm.weight}
+        if self.kind == "mamba":
+            conv_weight, conv_bias = mixer.conv1d.cast(dtype)
+            vectors |= {"A": -torch.exp(mixer.A_log), "D": mixer.D, "dt_bias": mixer.dt_bias}
+            vectors |= {"conv_weight": conv_weight, "gate_norm": mixer.norm.weight}
+            vectors |= {} if conv_bias is None else {"conv_bias": conv_bias}
+        for name, value in vectors.items():  # as the operators read them at every call
+            self.register_buffer(f"step_{name}", value.detach().float().contiguous(), persistent=False)
+
+    def forward(self, x_TD: Tensor, context: Context) -> tuple[Tensor, RouterStats | None]:
+        step = context.step
+        if step is None or not step.one_token or not self.whole or not step_available():
+            return super().forward(x_TD, context)
+        return {"mamba": self._mamba, "attention": self._attention, "moe": self._moe}[self.kind](
+            x_TD, step
+        ), None
+
+    def _mamba(self, x_QD: Tensor, step: CacheStep) -> Tensor:
+        v: Any = self
+        m, state = v.mixer, step.mamba_state(self.index)
+        c = m.config
+        conv = (state.conv, v.step_conv_weight, getattr(self, "step_conv_bias", None))
+        scan = (state.ssm, v.step_A, v.step_D, v.step_dt_bias)
+        out = (v.step_gate_norm, m.out_proj.packed, c.n_groups, v.norm.eps, c.time_step_limit)
+        return mamba_step(x_QD, v.step_norm, m.in_proj.packed, *conv, *scan, *out)
+
+    def _attention(self, x_QD: Tensor, step: CacheStep) -> Tensor:
+        m: Any = self.mixer
+        q, k, v, o = (p.packed for p in (m.q_proj, m.k_proj, m.v_proj, m.o_proj))
+        pages = (step.pages(self.index), step.block_table, step.lengths)
+        heads, norm = m.config.num_attention_heads, self.norm.eps
+        return attention_step(x_QD, self.step_norm, q, k, v, o, *pages, heads, norm)
+
+    def _moe(self, x_QD: Tensor, step: CacheStep) -> Tensor:
+        v: Any = self
+        m = v.mixer
+        c, shared = m.gate.config, m.shared_experts
+        router = (m.gate.packed, m.gate.e_score_correction_bias)
+        matrices = (
+            m.experts.packed_up,
+            m.experts.packed_down,
+            shared.up_proj.packed,
+            shared.down_proj.packed,
+        )
+        widths = (c.moe_intermediate_size, c.moe_shared_expert_intermediate_size)
+        choice = (c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor)
+        return moe_step(x_QD, v.step_norm, *router, *matrices, *widths, *choice, self.norm.eps)
 
 
 @torch.no_grad()
 def freeze_for_inference(model: Hebatron) -> Hebatron:
     """Prepare a model on the CPU to be run and no longer trained, in place.
 
-    The matrices are rounded to the compute dtype once instead of at every use, and the routed experts are packed for
-    the kernels (`hebatron_kernels.moe_pack`), layer by layer, so that only one layer is held twice. No result changes
-    by a bit. Parameters need no gradient afterwards; `train()`, `load_state_dict` and optimizers refuse the model, and
-    a state dict or an export holds the rounded weights in the usual layout.
+    The embeddings are rounded to the compute dtype once instead of at every use; projections and routed experts are
+    packed for the kernels (`hebatron_kernels.moe_pack`), one after another, so that only one is held twice; a layer's
+    next token is one call. No result changes by a bit. Parameters need no gradient afterwards; `train()`,
+    `load_state_dict` and optimizers refuse the model, and a state dict or an export holds the rounded weights in the
+    usual layout.
 
     Args:
         model: computes in float32 or bfloat16. A frozen one is left as it is.
@@ -67,11 +180,18 @@ def freeze_for_inference(model: Hebatron) -> Hebatron:
     model.compute_dtype = dtype  # no longer that of the embeddings
     model.eval().requires_grad_(False)
     for module in list(model.modules()):
-        if isinstance(module, (Linear, nn.Embedding)):
-            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
         for name, child in module.named_children():
             if isinstance(child, Experts):
                 module.register_module(name, FrozenExperts(child, dtype).eval())
-    model.tie()
+            elif isinstance(child, Linear):
+                module.register_module(name, FrozenLinear(child.weight, dtype).eval())
+            elif isinstance(child, Router):
+                module.register_module(name, FrozenRouter(child).eval())
+            elif isinstance(child, nn.Embedding):
+                child.weight = nn.Parameter(child.weight.to(dtype), requires_grad=False)
+    layers = model.backbone.layers
+    for index, layer in enumerate(layers):
+        assert isinstance(layer, Layer)
+        layers[index] = FrozenLayer(layer, dtype).eval()
     model.frozen = True
     return model

@@ -3,42 +3,51 @@
 from ._check import BackendError
 from ._dispatch import OPERATORS, explain, use_backend
 from ._native import build_info
+from ._packing import linear_pack, linear_unpack, moe_pack, moe_unpack
 from .attention import attention_decode, attention_prefill
 from .conv import causal_conv1d, causal_conv1d_update
+from .linear import linear, linear_packed
 from .loss import linear_cross_entropy
 from .moe import (
     grouped_gemm,
     moe_combine,
     moe_mlp,
     moe_mlp_packed,
-    moe_pack,
     moe_permute,
     moe_route,
-    moe_unpack,
 )
 from .norm import rms_norm
 from .ssd import ssd_scan, ssd_update
+from .step import attention_step, mamba_step, moe_step, step_available
 
 __all__ = [
     "OPERATORS",
     "BackendError",
     "attention_decode",
     "attention_prefill",
+    "attention_step",
     "build_info",
     "causal_conv1d",
     "causal_conv1d_update",
     "explain",
     "grouped_gemm",
+    "linear",
     "linear_cross_entropy",
+    "linear_pack",
+    "linear_packed",
+    "linear_unpack",
+    "mamba_step",
     "moe_combine",
     "moe_mlp",
     "moe_mlp_packed",
     "moe_pack",
     "moe_permute",
     "moe_route",
+    "moe_step",
     "moe_unpack",
     "rms_norm",
     "ssd_scan",
     "ssd_update",
+    "step_available",
     "use_backend",
 ]

@@ -61,6 +61,11 @@ def use_backend(backend: str | None) -> Iterator[None]:
         _forced = before
 
 
+def named_backend(argument: str | None = None) -> str | None:
+    """The backend that a call must use: the argument, use_backend, HEBATRON_BACKEND; None: automatic."""
+    return next((b for b in (argument, _forced, _environment) if b is not None), None)
+
+
 class Operator:
     """One operator: its implementations by backend, and the private op and autograd above the opaque ones.
 
@@ -196,7 +201,7 @@ class Operator:
 
     def choose(self, args: Sequence[Any], backend: str | None) -> str:
         """The backend of this call: the argument, use_backend, HEBATRON_BACKEND, then the first that supports it."""
-        named = next((b for b in (backend, _forced, _environment) if b is not None), None)
+        named = named_backend(backend)
         if named is not None:
             reason = self.refusal(_known(named, f"{self.name}: backend"), args)
             if reason is not None:

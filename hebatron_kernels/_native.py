@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -131,39 +133,79 @@ def dtype_name(value: Tensor) -> str:
     return DTYPES[value.dtype]
 
 
+class _Scratch(threading.local):
+    """A thread's workspace for the small calls of decoding, which would spend longer on having one made."""
+
+    BYTES = 2**20
+    tensor: Tensor | None = None
+
+
+_scratch = _Scratch()
+
+
 def call(op: str, **kwargs: Any) -> None:
     """Runs one native operator on the device of its tensors: on the CPU, on the current stream of their GPU, or in
     the emulator. Tensors among the arguments cross as pointers; the workspace the operator asks for is made here."""
-    tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-    first = next(iter(tensors.values()))
-    index = first.get_device()  # of the GPU; -1 on the CPU
-    for name, value in tensors.items():
-        if value.get_device() != index:
-            raise ValueError(f"{op}: {name} must be on {first.device} like the others, got {value.device}")
-        kwargs[name] = value.data_ptr()
-    module, missing = (cuda_module, cuda_missing) if index >= 0 else (cpu_module, cpu_missing)
-    if emulating:
-        module, missing = emulator_module, "call hebatron_kernels.testing.load_emulator() first"
+    first: Tensor | None = None
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            if first is None:
+                first, index = value, value.get_device()  # of the GPU; -1 on the CPU
+                if emulating:
+                    return _emulate(op, kwargs)
+            elif value.get_device() != index:
+                raise ValueError(
+                    f"{op}: {name} must be on {first.device} like the others, got {value.device}"
+                )
+            kwargs[name] = value.data_ptr()
+    assert first is not None  # every operator has one
+    if index >= 0:
+        stream = torch.cuda.current_stream(first.device).cuda_stream
+        run = partial(
+            _function(cuda_module, cuda_missing, op, "_or_size"), **kwargs, device=index, stream=stream
+        )
+        needed = run()
+        if needed:
+            workspace = first.new_empty((needed,), dtype=torch.uint8)
+            run(workspace=workspace.data_ptr(), bytes_workspace=needed)
+        return
+    function = _function(cpu_module, cpu_missing, op, "_or_size")
+    threads = torch.get_num_threads()
+    scratch = None if torch.are_deterministic_algorithms_enabled() else _scratch.tensor
+    if scratch is None:
+        needed = function(**kwargs, threads=threads)
+    else:
+        needed = function(
+            **kwargs, threads=threads, workspace=scratch.data_ptr(), bytes_workspace=_Scratch.BYTES
+        )
+    if needed:
+        workspace = empty((max(needed, _Scratch.BYTES),), torch.uint8)
+        if needed <= _Scratch.BYTES:
+            _scratch.tensor = workspace
+        function(**kwargs, threads=threads, workspace=workspace.data_ptr(), bytes_workspace=needed)
+
+
+def _function(module: ModuleType | None, missing: str, op: str, form: str = "") -> Callable[..., int]:
     if module is None:
         raise BackendError(f"{op}: {missing}")
-    run = getattr(module, op, None)
-    if run is None:
+    found: Callable[..., int] | None = getattr(module, op + form, None)
+    if found is None:
         raise BackendError(f"{op}: {module.__name__} is older than this code; rebuild: pip install -e .")
-    bytes_workspace = getattr(module, f"{op}_workspace")(**kwargs)
-    workspace = None
+    return found
+
+
+def _emulate(op: str, kwargs: dict[str, Any]) -> None:
+    missing = "call hebatron_kernels.testing.load_emulator() first"
+    run, size = (_function(emulator_module, missing, op, form) for form in ("", "_workspace"))
+    tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    kwargs = kwargs | {name: value.data_ptr() for name, value in tensors.items()}
+    bytes_workspace = size(**kwargs)
     if bytes_workspace:
-        size, dtype = (bytes_workspace,), torch.uint8
-        workspace = empty(size, dtype) if module is cpu_module else first.new_empty(size, dtype=dtype)
-    if workspace is not None:
-        tensors["workspace"] = workspace
-        kwargs["workspace"], kwargs["bytes_workspace"] = workspace.data_ptr(), bytes_workspace
-    if emulating:
-        with _only(tensors, module):
-            run(**kwargs, device=0)
-    elif index >= 0:
-        run(**kwargs, device=index, stream=torch.cuda.current_stream(first.device).cuda_stream)
-    else:
-        run(**kwargs, threads=torch.get_num_threads())
+        tensors["workspace"] = torch.empty((bytes_workspace,), dtype=torch.uint8)
+        kwargs |= {"workspace": tensors["workspace"].data_ptr(), "bytes_workspace": bytes_workspace}
+    assert emulator_module is not None
+    with _only(tensors, emulator_module):
+        run(**kwargs, device=0)
 
 
 @contextmanager

@@ -171,14 +171,16 @@ static void product(int64_t begin, int64_t end, const RowOf& row_of, int64_t k, 
 template <class T, class RowOf, class Finish>
 static void all_products(const Block* blocks, int64_t count, const Weights& w, T* buffer, const RowOf& row_of, const Finish& finish) {
   const int64_t panels = panels_of(w.columns), tasks = count * panels;
-  const int64_t run = std::clamp<int64_t>(tasks / (16 * workers()), 1, panels);
+  // Packed weights of few rows are streamed, each thread its part in order: the machine's own prefetching does that best.
+  const bool streamed = w.packed && count && blocks[count - 1].end - blocks[0].begin <= count * kTileRows;
+  const int64_t run = streamed ? (tasks + workers() - 1) / workers() : std::clamp<int64_t>(tasks / (16 * workers()), 1, panels);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t first = 0; first < tasks; first += run)
     for (int64_t task = first; task < std::min(tasks, first + run); task++) {
       const Block& block = blocks[task / panels];
       const int64_t p = task % panels, column = p * kTileColumns, columns = std::min<int64_t>(kTileColumns, w.columns - column);
       const int64_t next = task + 1;
-      const Ahead ahead = next < std::min(tasks, first + run) ? source_of<T>(w, blocks[next / panels].expert, next % panels) : Ahead{};
+      const Ahead ahead = !streamed && next < std::min(tasks, first + run) ? source_of<T>(w, blocks[next / panels].expert, next % panels) : Ahead{};
       product(block.begin, block.end, row_of, w.k, panel_of(w, block.expert, p, buffer), columns, ahead,
               [&](int64_t r, int rows, const float* sums) { finish(block, column, columns, r, rows, sums); });
     }

@@ -227,6 +227,21 @@ struct GroupedGemmArgs {
   int64_t tile_m, tile_n;  // 0, 0: the implementation chooses
 };
 
+// out = a B, one matrix.
+struct LinearArgs {
+  int64_t rows, n, k;
+  int64_t workers;     // at most so many threads: each has a part of the workspace
+  DType dtype;         // of a and of the factors
+  DType weight_dtype;  // of b, fp32 or dtype: it is rounded to dtype
+  DType out_dtype;
+  const void* a;  // rows, k
+  int64_t a_stride;
+  const void* b;      // n, k (b_k_major) or k, n; packed: what moe_pack made of one expert
+  int64_t b_stride;
+  bool b_k_major, packed;
+  void* out;  // rows, n, contiguous
+};
+
 // With s = sigmoid(logits): ids = the best top_k of s + bias among the experts of the kept_groups best groups (by the sum
 // of their two best), weights = scale s[ids], divided by the sum of s[ids] with normalize; counts = tokens per expert.
 struct MoeRouteArgs {
@@ -292,6 +307,47 @@ struct MoePackArgs {
   void* unpacked;  // experts, n, k; or null
 };
 
+// One token of a whole layer for every sequence, y = x + mixer(rms_norm(x)), with matrices that moe_pack packed in dtype. Each
+// is a row of the operators above, rounded where they round.
+struct MambaStepArgs {
+  int64_t sequences, width, heads, head_dim, groups, state_dim, taps;
+  double eps, dt_min, dt_max;
+  DType dtype;  // of x, y and conv_state
+  const void* x;              // sequences, width
+  const float* norm;          // width
+  const void* in_proj;        // packed, to z (heads, head_dim), the convolution's channels (x, B, C) and dt (heads)
+  void* conv_state;           // sequences, channels, taps - 1
+  const float* conv_weight;   // channels, taps
+  const float* conv_bias;     // channels, or null
+  float* state;               // sequences, heads, head_dim, state_dim
+  const float *A, *D, *dt_bias;  // heads
+  const float* gate_norm;     // heads, head_dim; in groups
+  const void* out_proj;       // packed
+  void* y;                    // sequences, width
+};
+struct MoeStepArgs {
+  int64_t tokens, width, experts, top_k, groups, kept_groups, expert_width, shared_width;
+  bool normalize;
+  double eps, scale;
+  DType dtype;  // of x and y
+  const void* x;                 // tokens, width
+  const float* norm;             // width
+  const void* router;            // packed in fp32
+  const float* bias;             // experts
+  const void *up, *down;         // packed
+  const void *shared_up, *shared_down;  // packed
+  void* y;                       // tokens, width
+};
+struct AttentionStepArgs {
+  AttentionDecodeArgs decode;  // q, k_new, v_new and o unused
+  int64_t width;
+  double eps;
+  const void* x;      // sequences, width
+  const float* norm;  // width
+  const void *q_proj, *k_proj, *v_proj, *o_proj;  // packed
+  void* y;  // sequences, width
+};
+
 // The operators of each module: X(name, Args).
 #define HEBATRON_CPU_OPS(X)                  \
   X(rms_norm_fwd, RmsNormArgs)               \
@@ -303,6 +359,7 @@ struct MoePackArgs {
   X(ssd_scan_bwd, SsdScanBwdArgs)            \
   X(ssd_update, SsdUpdateArgs)               \
   X(grouped_gemm_fwd, GroupedGemmArgs)       \
+  X(linear_fwd, LinearArgs)                  \
   X(moe_route_fwd, MoeRouteArgs)             \
   X(moe_route_bwd, MoeRouteBwdArgs)          \
   X(moe_pack, MoePackArgs)                   \
@@ -311,6 +368,9 @@ struct MoePackArgs {
   X(attention_prefill_fwd, AttentionArgs)    \
   X(attention_prefill_bwd, AttentionBwdArgs) \
   X(attention_decode, AttentionDecodeArgs)   \
+  X(mamba_step, MambaStepArgs)               \
+  X(moe_step, MoeStepArgs)                   \
+  X(attention_step, AttentionStepArgs)       \
   X(linear_cross_entropy_fwd, LossArgs)      \
   X(linear_cross_entropy_bwd, LossBwdArgs)
 #define HEBATRON_CUDA_OPS(X)     \

@@ -12,17 +12,15 @@ from torch import Tensor
 from .. import _check as check
 from .._dispatch import Operator
 from . import checks, native, reference, torch_ops
-from .packed import moe_mlp_packed, moe_pack, moe_unpack
+from .packed import moe_mlp_packed
 
 __all__ = [
     "grouped_gemm",
     "moe_combine",
     "moe_mlp",
     "moe_mlp_packed",
-    "moe_pack",
     "moe_permute",
     "moe_route",
-    "moe_unpack",
 ]
 
 

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._layout import unpack_panels
+
 
 def moe_route(
     logits_TE: Tensor,
@@ -132,23 +134,6 @@ def moe_mlp_packed(
     expert_width: int,
 ) -> Tensor:
     width = x_TD.shape[1]
-    up_EFD = _unpack(up, num_experts, expert_width, width)
-    down_EDF = _unpack(down, num_experts, width, expert_width)
+    up_EFD = unpack_panels(up, num_experts, expert_width, width)
+    down_EDF = unpack_panels(down, num_experts, width, expert_width)
     return moe_mlp(x_TD, ids_TK, weights_TK, up_EFD, down_EDF)
-
-
-def _unpack(packed: Tensor, experts: int, outputs: int, inner: int) -> Tensor:
-    """The layout of csrc/cpu/tile.h: 64 bytes, then panels of 4 vectors of outputs, [units of inner][outputs][unit]."""
-    header, unit = 64 // packed.element_size(), 4 // packed.element_size()
-    lanes = int(packed[:header].view(torch.int64)[1])
-    units = -(-inner // unit)
-    panels_E = packed[header:].view(experts, -1)
-    weight_EMK = packed.new_empty(experts, outputs, inner)
-    for begin in range(0, outputs, 4 * lanes):
-        columns = min(4 * lanes, outputs - begin)
-        width = -(-columns // lanes) * lanes
-        size = units * width * unit
-        panel, panels_E = panels_E[:, :size].view(experts, units, width, unit), panels_E[:, size:]
-        columns_first = panel.permute(0, 2, 1, 3).reshape(experts, width, units * unit)
-        weight_EMK[:, begin : begin + columns] = columns_first[:, :columns, :inner]
-    return weight_EMK

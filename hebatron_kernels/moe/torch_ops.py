@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import native
+from .._packing import unpack
 
 _grouped_mm: Any = (
     F.grouped_mm if hasattr(F, "grouped_mm") else torch._grouped_mm
@@ -110,8 +110,8 @@ def moe_mlp_packed(
     expert_width: int,
 ) -> Tensor:
     width = x_TD.shape[1]
-    up_EFD = native.moe_unpack(up, num_experts, expert_width, width)
-    down_EDF = native.moe_unpack(down, num_experts, width, expert_width)
+    up_EFD = unpack(up, num_experts, expert_width, width)
+    down_EDF = unpack(down, num_experts, width, expert_width)
     return moe_mlp(x_TD, ids_TK, weights_TK, up_EFD, down_EDF)
 
 

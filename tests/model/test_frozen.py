@@ -34,6 +34,27 @@ def test_frozen_generates_as_before():
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_frozen_decoding_equals_that_of_the_operators_to_the_bit(name, dtype, batch):
+    """A layer's token is one call there, elsewhere the operators are called one by one."""
+    model = Hebatron(CONFIGS[name], dtype).freeze_for_inference()
+    ids = torch.arange(batch * 9).view(batch, 9) * 5 % 31
+    results = []
+    for whole in (True, False):
+        cache = model.new_cache(batch)
+        model(ids[:, :4], cache=cache)
+        with pytest.MonkeyPatch.context() as patch:
+            if not whole:
+                patch.setattr("hebatron.frozen.step_available", lambda: False)
+            results.append([model(ids[:, t : t + 1], cache=cache).logits for t in range(4, 9)])
+        results[-1] += [t for state in cache.mamba.values() for t in (state.conv, state.ssm)]
+        results[-1] += list(cache.pages.values())
+    for got, want in zip(*results):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
 def test_frozen_state_dict_and_export_hold_the_rounded_weights(name, tmp_path):
     model = Hebatron(CONFIGS[name], torch.bfloat16)
     want = {key: value.clone() for key, value in model.state_dict().items()}
@@ -68,7 +89,7 @@ def test_frozen_refuses_training_optimizers_and_loading():
     assert model.eval() is model
     with pytest.raises(ValueError, match="model must have a trainable parameter, got none"):
         build_optimizer(model, OptimizerConfig())
-    with pytest.raises(ValueError, match=r"load_state_dict: .*experts must not be frozen: load first"):
+    with pytest.raises(ValueError, match=r"load_state_dict: .*in_proj must not be frozen: load first"):
         model.load_state_dict(weights)
 
 

@@ -1,0 +1,168 @@
+"""A layer's token in one call: the bits of the layer's operators one after another."""
+
+import pytest
+import torch
+
+import hebatron_kernels as hk
+from hebatron_kernels import testing
+
+DTYPES = [torch.float32, torch.bfloat16]
+INF = float("inf")
+
+
+def draw(*shape, dtype=torch.float32):
+    return (torch.randn(shape) / max(shape[-1], 1) ** 0.5).to(dtype)
+
+
+def vector(n):
+    return torch.rand(n) + 0.5
+
+
+# sequences, width, heads, head dim, groups, state, taps
+MAMBAS = [(1, 48, 4, 16, 2, 16, 4), (3, 70, 6, 8, 1, 20, 2), (5, 33, 2, 33, 2, 7, 3)]
+
+
+def mamba(Q, D, H, P, G, S, W, dtype):
+    C = H * P + 2 * G * S
+    matrices = [draw(2 * H * P + 2 * G * S + H, D, dtype=dtype), draw(D, H * P, dtype=dtype)]
+    conv = [draw(Q, C, W - 1, dtype=dtype), draw(C, W, dtype=dtype).float(), vector(C)]
+    scan = [draw(Q, H, P, S), -vector(H), vector(H), vector(H)]
+    return draw(Q, D, dtype=dtype), vector(D), vector(H * P), matrices, conv, scan
+
+
+def mamba_by_operators(x, norm, gate_norm, matrices, conv, scan, G, limit):
+    _, H, P, S = scan[0].shape
+    z, xbc, dt = hk.linear(hk.rms_norm(x, norm, 1e-5), matrices[0]).split(
+        [H * P, H * P + 2 * G * S, H], dim=-1
+    )
+    xbc = hk.causal_conv1d_update(xbc, *conv, "silu")
+    xs, B, C = xbc.split([H * P, G * S, G * S], dim=-1)
+    heads = (xs.unflatten(1, (H, P)), dt, scan[1], B.unflatten(1, (G, S)), C.unflatten(1, (G, S)))
+    y = hk.ssd_update(scan[0], *heads, *scan[2:], limit)
+    gated = hk.rms_norm(y.flatten(1), gate_norm, 1e-5, gate_TD=z, group_size=H * P // G)
+    return x + hk.linear(gated, matrices[1])
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", MAMBAS)
+@pytest.mark.parametrize("limit", [(0.0, INF), (0.4, 1.2)])
+def test_mamba_step_is_its_operators_to_the_bit(isa, dtype, sizes, limit):
+    G = sizes[4]
+    with testing.use_isa(isa), torch.no_grad():
+        x, norm, gate_norm, matrices, conv, scan = mamba(*sizes, dtype)
+        packed = [hk.linear_pack(m) for m in matrices]
+        other_conv, other_scan = [c.clone() for c in conv], [s.clone() for s in scan]
+        for _ in range(3):
+            want = mamba_by_operators(x, norm, gate_norm, matrices, conv, scan, G, limit)
+            got = hk.mamba_step(
+                x, norm, packed[0], *other_conv, *other_scan, gate_norm, packed[1], G, 1e-5, limit
+            )
+            assert torch.equal(got, want)
+            for a, b in zip(other_conv + other_scan, conv + scan):
+                assert torch.equal(a, b)
+            x = got
+
+
+# tokens, width, experts, top_k, groups, kept groups, expert width, shared width
+MOES = [(1, 48, 8, 2, 1, 1, 32, 40), (7, 65, 12, 3, 4, 2, 17, 33), (64, 16, 3, 3, 1, 1, 8, 1)]
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", MOES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_moe_step_is_its_operators_to_the_bit(isa, dtype, sizes, normalize):
+    T, D, E, K, groups, kept, F, F2 = sizes
+    with testing.use_isa(isa), torch.no_grad():
+        x, norm, router, bias = draw(T, D, dtype=dtype), vector(D), draw(E, D), draw(E)
+        up, down, shared_up, shared_down = (
+            draw(*s, dtype=dtype) for s in ((E, F, D), (E, D, F), (F2, D), (D, F2))
+        )
+        normed = hk.rms_norm(x, norm, 1e-5)
+        weights, ids, _ = hk.moe_route(
+            hk.linear(normed.float(), router), bias, K, groups, kept, normalize, 2.5
+        )
+        shared = hk.linear(torch.relu(hk.linear(normed, shared_up)).square(), shared_down)
+        want = x + (hk.moe_mlp(normed, ids, weights, up, down) + shared)
+        packed = [hk.moe_pack(up), hk.moe_pack(down), hk.linear_pack(shared_up), hk.linear_pack(shared_down)]
+        got = hk.moe_step(
+            x, norm, hk.linear_pack(router), bias, *packed, F, F2, K, groups, kept, normalize, 2.5, 1e-5
+        )
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("Q", "D", "H", "Hk", "P"), [(1, 48, 4, 2, 16), (5, 70, 6, 1, 24)])
+def test_attention_step_is_its_operators_to_the_bit(isa, dtype, Q, D, H, Hk, P):
+    with testing.use_isa(isa), torch.no_grad():
+        x, norm = draw(Q, D, dtype=dtype), vector(D)
+        q, k, v, o = (draw(*s, dtype=dtype) for s in ((H * P, D), (Hk * P, D), (Hk * P, D), (D, H * P)))
+        cache = draw(2, 3 * Q, 4, Hk, P, dtype=dtype)
+        table = torch.randperm(3 * Q).view(Q, 3).int()
+        lengths = torch.tensor([0, 3, 4, 7, 11][:Q], dtype=torch.int32)
+        other = cache.clone()
+        normed = hk.rms_norm(x, norm, 1e-5)
+        heads = [hk.linear(normed, w).unflatten(1, (n, P)) for w, n in ((q, H), (k, Hk), (v, Hk))]
+        want = x + hk.linear(hk.attention_decode(*heads, cache, table, lengths).flatten(1), o)
+        packed = [hk.linear_pack(w) for w in (q, k, v, o)]
+        got = hk.attention_step(x, norm, *packed, other, table, lengths, H, 1e-5)
+        assert torch.equal(got, want)
+        assert torch.equal(other, cache)
+
+
+def test_step_is_available_where_native_would_be_chosen():
+    with torch.no_grad():
+        assert hk.step_available()
+        with hk.use_backend("native"):
+            assert hk.step_available()
+        with hk.use_backend("torch"):
+            assert not hk.step_available()
+    assert not hk.step_available()
+
+
+def mamba_args():
+    x, norm, gate_norm, matrices, conv, scan = mamba(2, 8, 2, 4, 1, 4, 4, torch.float32)
+    packed = [hk.linear_pack(m) for m in matrices]
+    names = ["x", "norm", "in_proj", "conv_state", "conv_weight", "conv_bias", "state", "A", "D", "dt_bias"]
+    names += ["gate_norm", "out_proj", "groups", "eps", "dt_limit"]
+    return dict(zip(names, [x, norm, packed[0], *conv, *scan, gate_norm, packed[1], 1, 1e-5, (0.0, INF)]))
+
+
+BAD = [
+    ({"x": torch.zeros(8)}, r"mamba_step: x_QD must have shape"),
+    ({"x": torch.zeros(2, 8).double()}, "x_QD must have dtype float32 or bfloat16"),
+    ({"x": torch.zeros(8, 2).T}, "x_QD must be contiguous on the CPU"),
+    ({"norm": torch.zeros(7)}, r"norm_D must have shape \(8\)"),
+    ({"norm": torch.zeros(8).bfloat16()}, "norm_D must have dtype float32"),
+    ({"state": torch.zeros(1, 2, 4, 4)}, "state_QHPS must have shape"),
+    ({"conv_state": torch.zeros(2, 16, 2)}, "conv_state_QCK must have shape"),
+    ({"conv_weight": torch.zeros(15, 4)}, "conv_weight_CW must have shape"),
+    ({"groups": 3}, "groups must divide the 2 heads, got 3"),
+    ({"groups": 0}, "groups must be > 0, got 0"),
+    ({"A": torch.zeros(3)}, "A_H must have shape"),
+    ({"gate_norm": torch.zeros(4)}, "gate_norm must have shape"),
+    ({"in_proj": torch.zeros(2000)}, "linear: packed weights must come from moe_pack"),
+    ({"out_proj": torch.zeros(2000).bfloat16()}, "out_proj must have dtype float32"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD)
+def test_mamba_step_refuses(wrong, message):
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        hk.mamba_step(*(mamba_args() | wrong).values())
+
+
+def test_attention_step_refuses_lengths_and_blocks_outside_the_cache():
+    x, norm = torch.zeros(1, 8), torch.ones(8)
+    packed = [hk.linear_pack(torch.zeros(8, 8))] * 4
+    cache, table = torch.zeros(2, 2, 4, 1, 8), torch.tensor([[0, 1]], dtype=torch.int32)
+    for other, length, message in [
+        (table, 8, "lengths must leave room in 2 pages of 4 tokens"),
+        (table, -1, "lengths must leave room"),
+        (table + 1, 0, "block_table must name blocks from 0 to 1"),
+    ]:
+        lengths = torch.tensor([length], dtype=torch.int32)
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            hk.attention_step(x, norm, *packed, cache, other, lengths, 1, 1e-5)
