@@ -1,13 +1,15 @@
 """The `hebatron` command: its parser, its error lines and its exit codes; each verb is a file of hebatron/verbs.
 
 Bad input (ValueError, BackendError, OSError) is one line on stderr and exit code 2; --debug shows the
-traceback. Hebrew is printed on lines of its own, never inside a table: its order is the terminal's work.
+traceback. A reader that goes away ends the command quietly, as SIGPIPE would. Hebrew is printed on lines
+of its own, never inside a table: its order is the terminal's work.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -45,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.overrides = overrides
     try:
         code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except (
+        BrokenPipeError
+    ):  # `hebatron ... | head` has read enough; Python's own flush at the end must not meet it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError, RuntimeError) as error:
         if arguments.debug or not _is_expected(error):
             raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,15 @@ def test_unexpected_runtime_errors_are_not_swallowed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(info, "run", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["info", "tiny"])
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "hebatron.cli", "info", "tiny"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_backend_errors_are_one_line(
