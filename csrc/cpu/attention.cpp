@@ -36,6 +36,7 @@ struct Scratch {
   float* o;
   float* largest;  // of each row, times scale * log2(e)
   float* total;
+  Span* seen;  // the keys that each row sees
   int64_t q_stride, o_stride;
 
   Scratch(Workspace& w, int64_t head_dim) : q_stride(padded_k<T>(head_dim)), o_stride(padded_columns(head_dim)) {
@@ -49,6 +50,7 @@ struct Scratch {
     o = w.take<float>(kTaskRows * o_stride);
     largest = w.take<float>(kTaskRows);
     total = w.take<float>(kTaskRows);
+    seen = w.take<Span>(kTaskRows);
   }
 };
 
@@ -82,8 +84,7 @@ struct Task {
   Scratch<T> w;
 
   int64_t rows() const { return (queries.end - queries.begin) * heads; }
-  Span seen(int64_t row) const { return s.seen(queries.begin + row / heads); }
-  Span seen(int64_t row, int64_t count) const { return s.seen(Span{queries.begin + row / heads, queries.begin + (row + count - 1) / heads + 1}); }
+  Span seen(int64_t row, int64_t count) const { return {w.seen[row].begin, w.seen[row + count - 1].end}; }
   int64_t place(int64_t row) const {  // of a row among the call's tokens x heads
     return (s.first_query + queries.begin + row / heads) * a.heads + first_head + row % heads;
   }
@@ -92,6 +93,7 @@ struct Task {
     for (int64_t r = 0; r < rows(); r++) {
       const int64_t token = s.first_query + queries.begin + r / heads, head = first_head + r % heads;
       copy_row(w.q + r * w.q_stride, (const T*)a.q + token * a.q_stride + head * a.q_head_stride, a.head_dim);
+      w.seen[r] = s.seen(queries.begin + r / heads);
       w.largest[r] = kNone;
       w.total[r] = 0.0f;
     }
@@ -101,7 +103,8 @@ struct Task {
       const Span block = {begin, std::min(begin + kBlockKeys, s.keys)};
       score(block);
       for_strips(rows(), [&](int64_t r, auto count) {
-        for (int64_t i = r; i < r + count; i++) weigh(i, within(seen(i), block), within(seen(r, count), block), begin);
+        const Span strip = within(seen(r, count), block);
+        for (int64_t i = r; i < r + count; i++) weigh(i, within(w.seen[i], block), strip, begin);
       });
       add_values(block);
     }
@@ -128,34 +131,39 @@ struct Task {
   // strip's part of the block.
   void weigh(int64_t row, Span mine, Span strip, int64_t first) {
     if (strip.empty()) return;
-    const float* scores = w.scores + row * kBlockKeys;
+    float* scores = w.scores + row * kBlockKeys;
     T* weights = w.weights + row * kBlockKeys;
     const int64_t begin = (strip.begin - first) / kLanes * kLanes, end = round_up(strip.end - first, kLanes);
     if (mine.empty()) {
       for (int64_t i = begin; i < end; i += kLanes) store(weights + i, set1(0.0f));
       return;
     }
-    const Span kept = {mine.begin - first, mine.end - first};
-    auto whole = [&](int64_t i) { return i >= kept.begin && i + kLanes <= kept.end; };
-    auto score = [&](int64_t i) { return whole(i) ? load(scores + i) : keep_columns(load(scores + i), i, kept.begin, kept.end, kNone); };
-    Vec top = set1(kNone);
-    for (int64_t i = begin; i < end; i += kLanes) top = max(top, score(i));
-    const float scale = float(a.scale) * kLog2E, before = w.largest[row], largest = std::max(before, highest(top) * scale);
+    hide(scores, begin, mine.begin - first, mine.end - first, end);
+    Vec top = set1(kNone), top2 = top;
+    int64_t i = begin;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) top = max(top, load(scores + i)), top2 = max(top2, load(scores + i + kLanes));
+    if (i < end) top = max(top, load(scores + i));
+    const float scale = float(a.scale) * kLog2E, before = w.largest[row], largest = std::max(before, highest(max(top, top2)) * scale);
     Vec sums = set1(0.0f);
-    for (int64_t i = begin; i < end; i += kLanes) {
-      Vec p = exp2<T>(fma(score(i), set1(scale), set1(-largest)));
-      if (!whole(i)) p = keep_columns(p, i, kept.begin, kept.end, 0.0f);
+    for (i = begin; i < end; i += kLanes) {
+      const Vec p = exp2<T>(fma(load(scores + i), set1(scale), set1(-largest)));
       sums = sums + p;
       store(weights + i, p);
     }
     if (largest > before) {  // the sums so far were in units of the old largest
       const float ratio = std::exp2(before - largest);
       float* o = w.o + row * w.o_stride;
-      for (int64_t i = 0; i < w.o_stride; i += kLanes) store(o + i, load(o + i) * set1(ratio));
+      for (i = 0; i < w.o_stride; i += kLanes) store(o + i, load(o + i) * set1(ratio));
       w.total[row] *= ratio;
     }
     w.largest[row] = largest;
     w.total[row] += sum(sums);
+  }
+
+  // -inf in [begin, end) outside [first, last).
+  static void hide(float* scores, int64_t begin, int64_t first, int64_t last, int64_t end) {
+    for (; begin < first; begin += kLanes) store(scores + begin, keep_columns(load(scores + begin), begin, first, last));
+    for (; end > last; end -= kLanes) store(scores + end - kLanes, keep_columns(load(scores + end - kLanes), end - kLanes, first, last));
   }
 
   // o += weights v

@@ -114,7 +114,8 @@ struct Task {
     for (int64_t r = 0; r < rows; r++) {
       copy_row(w.q + r * k_stride, q + r * a.q_stride, dim);
       copy_row(w.grad_o + r * k_stride, grad_o + r * a.heads * dim, dim);
-      w.scaled_lse[r] = a.lse[(token + r) * a.heads + head] * kLog2E;
+      const float lse = a.lse[(token + r) * a.heads + head];
+      w.scaled_lse[r] = lse == kNone ? 0.0f : lse * kLog2E;  // such a row sees nothing: -inf is not subtracted from -inf
     }
     pack_row_panels<T>(w.q_rows, kBlockQueries, 0, w.q, k_stride, rows, dim);
     pack_row_panels<T>(w.grad_o_rows, kBlockQueries, 0, w.grad_o, k_stride, rows, dim);
@@ -132,24 +133,22 @@ struct Task {
       Vec acc[MR][kTileVectors];
       clear(acc);
       tile<T>(acc, w.q + r * k_stride, k_stride, kUnit<T>, plan.packs.columns(plan.k, kv_head, s.packed + key), units_of<T>(dim));
+      const Span all = {s.seen(strip.end - 1).begin, s.seen(strip.begin).end};  // what every query of the strip sees
+      const bool whole = all.begin <= panel.begin && all.end >= panel.end;
       const Vec scale = set1(float(a.scale) * kLog2E);
-      HEBATRON_UNROLL for (int i = 0; i < MR; i++) HEBATRON_UNROLL for (int j = 0; j < kTileVectors; j++)
-        p[i][j] = exp2<T>(fma(acc[i][j], scale, set1(-w.scaled_lse[r + i])));
+      HEBATRON_UNROLL for (int i = 0; i < MR; i++) {
+        const Span seen = s.seen(strip.begin + i);
+        HEBATRON_UNROLL for (int j = 0; j < kTileVectors; j++) {
+          if (!whole) acc[i][j] = keep_columns(acc[i][j], key + j * kLanes, seen.begin, seen.end);
+          p[i][j] = exp2<T>(fma(acc[i][j], scale, set1(-w.scaled_lse[r + i])));
+        }
+      }
       clear(acc);
       tile<T>(acc, w.grad_o + r * k_stride, k_stride, kUnit<T>, plan.packs.columns(plan.v, kv_head, s.packed + key), units_of<T>(dim));
       HEBATRON_UNROLL for (int i = 0; i < MR; i++) {
         const Vec delta = set1(plan.delta[head * a.tokens_q + s.first_query + strip.begin + i]);
         HEBATRON_UNROLL for (int j = 0; j < kTileVectors; j++) ds[i][j] = p[i][j] * (acc[i][j] - delta);
       }
-      const Span all = {s.seen(strip.end - 1).begin, s.seen(strip.begin).end};  // what every query of the strip sees
-      if (all.begin > panel.begin || all.end < panel.end)
-        for (int i = 0; i < MR; i++) {
-          const Span seen = s.seen(strip.begin + i);
-          for (int j = 0; j < kTileVectors; j++) {
-            p[i][j] = keep_columns(p[i][j], key + j * kLanes, seen.begin, seen.end, 0.0f);
-            ds[i][j] = keep_columns(ds[i][j], key + j * kLanes, seen.begin, seen.end, 0.0f);
-          }
-        }
     }
     for (int i = 0; i < MR; i += 2)
       for (int j = 0; j < kTileVectors; j++) {

@@ -78,13 +78,12 @@ static void logits(const T* x, int64_t width, const T* weight, int64_t panels, f
 // Takes `count` logits of one token into its running largest and total.
 static void add_logits(const float* z, int64_t count, float& largest, float& total) {
   Vec top = set1(kNone);
-  for_lanes(count, [&](int64_t i, int n) { top = max(top, n == kLanes ? load(z + i) : keep_columns(load(z + i), 0, 0, n, kNone)); });
+  for_lanes(count, [&](int64_t i, int n) { top = max(top, keep_columns(load(z + i), 0, 0, n)); });
   const float before = largest;
   largest = std::max(before, highest(top));
   Vec sums = set1(0.0f);
   for_lanes(count, [&](int64_t i, int n) {
-    const Vec p = exp2<float>((load(z + i) - set1(largest)) * set1(kLog2E));
-    sums = sums + (n == kLanes ? p : keep_columns(p, 0, 0, n, 0.0f));
+    sums = sums + exp2<float>((keep_columns(load(z + i), 0, 0, n) - set1(largest)) * set1(kLog2E));
   });
   total = total * (largest > before ? std::exp2((before - largest) * kLog2E) : 1.0f) + sum(sums);
 }
@@ -193,9 +192,7 @@ struct Block {
         const Vec lse = set1(a.lse[token]), upstream = set1(b.upstream[token]);
         HEBATRON_UNROLL for (int j = 0; j < kTileVectors; j++) {
           const int64_t column = panel * kTileColumns + j * kLanes;
-          Vec p = exp2<float>((acc[i][j] - lse) * set1(kLog2E)) * upstream;
-          if (column + kLanes > count) p = keep_columns(p, column, 0, count, 0.0f);
-          store(dz[i] + j * kLanes, p);
+          store(dz[i] + j * kLanes, exp2<float>((keep_columns(acc[i][j], column, 0, count) - lse) * set1(kLog2E)) * upstream);
         }
         const int64_t target = a.targets[token * a.targets_stride] - first - panel * kTileColumns;
         if (target >= 0 && target < kTileColumns) dz[i][target] -= b.upstream[token];
