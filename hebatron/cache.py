@@ -43,7 +43,7 @@ class CacheStep:
     one_token: bool  # every row brings exactly one token: the operators that update in place serve it
     lengths: Tensor  # (B,) int32, before the step
     block_table: Tensor  # (B, blocks) int32
-    cu_seqlens_q: Tensor
+    cu_seqlens_q: Tensor  # this and what follows: empty where one_token
     cu_seqlens_k: Tensor
     slots_T: Tensor  # where the new tokens' keys go among all slots
     slots_S: Tensor  # where all keys of all rows are, row after row
@@ -170,10 +170,10 @@ class Cache:
             one_token=one_token,
             lengths=torch.tensor(self.lengths, dtype=torch.int32, device=self.device),
             block_table=self.block_table,
-            cu_seqlens_q=self._ends(new_lengths),
-            cu_seqlens_k=self._ends(totals),
-            slots_T=torch.cat([empty, *slots_T]).to(self.device),
-            slots_S=torch.cat([empty, *slots_S]).to(self.device),
+            cu_seqlens_q=empty if one_token else self._ends(new_lengths),
+            cu_seqlens_k=empty if one_token else self._ends(totals),
+            slots_T=torch.cat(slots_T).to(self.device) if slots_T else empty,
+            slots_S=torch.cat(slots_S).to(self.device) if slots_S else empty,
         )
 
     def commit(self, step: CacheStep) -> None:

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from hebatron_kernels import (
-    attention_step,
+    AttentionStep,
+    MambaStep,
+    MoeStep,
     linear_pack,
     linear_packed,
     linear_unpack,
-    mamba_step,
     moe_mlp_packed,
     moe_pack,
-    moe_step,
     moe_unpack,
     step_available,
 )
 
-from .cache import CacheStep
 from .model import Context, Experts, Hebatron, Layer, Linear, Router, RouterStats
 
 
@@ -95,60 +94,57 @@ class FrozenExperts(Experts):
 class FrozenLayer(Layer):
     """A layer whose mixer is frozen: one token a sequence is one call, where the kernels have one for it."""
 
-    step_norm: Tensor
-
     def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.kind, self.index, self.norm, self.mixer = layer.kind, layer.index, layer.norm, layer.mixer
-        mixer: Any = self.mixer
-        self.whole = self.kind in ("mamba", "attention") or (self.kind == "moe" and not mixer.latent)
-        vectors: dict[str, Tensor] = {"norm": self.norm.weight}
-        if self.kind == "mamba":
-            conv_weight, conv_bias = mixer.conv1d.cast(dtype)
-            vectors |= {"A": -torch.exp(mixer.A_log), "D": mixer.D, "dt_bias": mixer.dt_bias}
-            vectors |= {"conv_weight": conv_weight, "gate_norm": mixer.norm.weight}
-            vectors |= {} if conv_bias is None else {"conv_bias": conv_bias}
-        for name, value in vectors.items():  # as the operators read them at every call
-            self.register_buffer(f"step_{name}", value.detach().float().contiguous(), persistent=False)
+        make = {"mamba": _mamba_step, "attention": _attention_step, "moe": _moe_step}.get(self.kind)
+        self.token: Any = None if make is None else make(self.mixer, _vector(self.norm.weight), dtype)
 
     def forward(self, x_TD: Tensor, context: Context) -> tuple[Tensor, RouterStats | None]:
         step = context.step
-        if step is None or not step.one_token or not self.whole or not step_available():
+        if step is None or not step.one_token or self.token is None or not step_available():
             return super().forward(x_TD, context)
-        return {"mamba": self._mamba, "attention": self._attention, "moe": self._moe}[self.kind](
-            x_TD, step
-        ), None
+        if self.kind == "mamba":
+            state = step.mamba_state(self.index)
+            return self.token(x_TD, state.conv, state.ssm), None
+        if self.kind == "attention":
+            return self.token(x_TD, step.pages(self.index), step.block_table, step.lengths), None
+        return self.token(x_TD), None
 
-    def _mamba(self, x_QD: Tensor, step: CacheStep) -> Tensor:
-        v: Any = self
-        m, state = v.mixer, step.mamba_state(self.index)
-        c = m.config
-        conv = (state.conv, v.step_conv_weight, getattr(self, "step_conv_bias", None))
-        scan = (state.ssm, v.step_A, v.step_D, v.step_dt_bias)
-        out = (v.step_gate_norm, m.out_proj.packed, c.n_groups, v.norm.eps, c.time_step_limit)
-        return mamba_step(x_QD, v.step_norm, m.in_proj.packed, *conv, *scan, *out)
 
-    def _attention(self, x_QD: Tensor, step: CacheStep) -> Tensor:
-        m: Any = self.mixer
-        q, k, v, o = (p.packed for p in (m.q_proj, m.k_proj, m.v_proj, m.o_proj))
-        pages = (step.pages(self.index), step.block_table, step.lengths)
-        heads, norm = m.config.num_attention_heads, self.norm.eps
-        return attention_step(x_QD, self.step_norm, q, k, v, o, *pages, heads, norm)
+def _vector(value: Tensor) -> Tensor:
+    """As the operators read it at every call."""
+    return value.detach().float().contiguous()
 
-    def _moe(self, x_QD: Tensor, step: CacheStep) -> Tensor:
-        v: Any = self
-        m = v.mixer
-        c, shared = m.gate.config, m.shared_experts
-        router = (m.gate.packed, m.gate.e_score_correction_bias)
-        matrices = (
-            m.experts.packed_up,
-            m.experts.packed_down,
-            shared.up_proj.packed,
-            shared.down_proj.packed,
-        )
-        widths = (c.moe_intermediate_size, c.moe_shared_expert_intermediate_size)
-        choice = (c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor)
-        return moe_step(x_QD, v.step_norm, *router, *matrices, *widths, *choice, self.norm.eps)
+
+def _mamba_step(m: Any, norm_D: Tensor, dtype: torch.dtype) -> MambaStep:
+    c = m.config
+    weight_CW, bias_C = m.conv1d.cast(dtype)
+    A_H, D_H, dt_bias_H, gate_norm = (
+        _vector(v) for v in (-torch.exp(m.A_log), m.D, m.dt_bias, m.norm.weight)
+    )
+    conv = (_vector(weight_CW), None if bias_C is None else _vector(bias_C))
+    sizes = (c.mamba_head_dim, c.ssm_state_size, c.n_groups, m.norm.eps, c.time_step_limit)
+    scan = (A_H, D_H, dt_bias_H, gate_norm)
+    return MambaStep(norm_D, m.in_proj.packed, *conv, *scan, m.out_proj.packed, *sizes)
+
+
+def _attention_step(m: Any, norm_D: Tensor, dtype: torch.dtype) -> AttentionStep:
+    c = m.config
+    matrices = (m.q_proj.packed, m.k_proj.packed, m.v_proj.packed, m.o_proj.packed)
+    heads = (c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+    return AttentionStep(norm_D, *matrices, *heads, c.layer_norm_epsilon)
+
+
+def _moe_step(m: Any, norm_D: Tensor, dtype: torch.dtype) -> MoeStep | None:
+    if m.latent:
+        return None
+    c, shared = m.gate.config, m.shared_experts
+    router = (m.gate.packed, m.gate.e_score_correction_bias)
+    matrices = (m.experts.packed_up, m.experts.packed_down, shared.up_proj.packed, shared.down_proj.packed)
+    widths = (c.moe_intermediate_size, c.moe_shared_expert_intermediate_size)
+    choice = (c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor)
+    return MoeStep(norm_D, *router, *matrices, *widths, *choice, c.layer_norm_epsilon)
 
 
 @torch.no_grad()

@@ -18,14 +18,16 @@ from .moe import (
 )
 from .norm import rms_norm
 from .ssd import ssd_scan, ssd_update
-from .step import attention_step, mamba_step, moe_step, step_available
+from .step import AttentionStep, MambaStep, MoeStep, step_available
 
 __all__ = [
     "OPERATORS",
+    "AttentionStep",
     "BackendError",
+    "MambaStep",
+    "MoeStep",
     "attention_decode",
     "attention_prefill",
-    "attention_step",
     "build_info",
     "causal_conv1d",
     "causal_conv1d_update",
@@ -36,14 +38,12 @@ __all__ = [
     "linear_pack",
     "linear_packed",
     "linear_unpack",
-    "mamba_step",
     "moe_combine",
     "moe_mlp",
     "moe_mlp_packed",
     "moe_pack",
     "moe_permute",
     "moe_route",
-    "moe_step",
     "moe_unpack",
     "rms_norm",
     "ssd_scan",

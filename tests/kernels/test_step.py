@@ -1,5 +1,8 @@
 """A layer's token in one call: the bits of the layer's operators one after another."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -52,15 +55,14 @@ def test_mamba_step_is_its_operators_to_the_bit(isa, dtype, sizes, limit):
     with testing.use_isa(isa), torch.no_grad():
         x, norm, gate_norm, matrices, conv, scan = mamba(*sizes, dtype)
         packed = [hk.linear_pack(m) for m in matrices]
-        other_conv, other_scan = [c.clone() for c in conv], [s.clone() for s in scan]
+        sizes = (sizes[3], sizes[5], G, 1e-5, limit)
+        step = hk.MambaStep(norm, packed[0], *conv[1:], *scan[1:], gate_norm, packed[1], *sizes)
+        other_conv, other_scan = conv[0].clone(), scan[0].clone()
         for _ in range(3):
             want = mamba_by_operators(x, norm, gate_norm, matrices, conv, scan, G, limit)
-            got = hk.mamba_step(
-                x, norm, packed[0], *other_conv, *other_scan, gate_norm, packed[1], G, 1e-5, limit
-            )
+            got = step(x, other_conv, other_scan)
             assert torch.equal(got, want)
-            for a, b in zip(other_conv + other_scan, conv + scan):
-                assert torch.equal(a, b)
+            assert torch.equal(other_conv, conv[0]) and torch.equal(other_scan, scan[0])
             x = got
 
 
@@ -86,10 +88,9 @@ def test_moe_step_is_its_operators_to_the_bit(isa, dtype, sizes, normalize):
         shared = hk.linear(torch.relu(hk.linear(normed, shared_up)).square(), shared_down)
         want = x + (hk.moe_mlp(normed, ids, weights, up, down) + shared)
         packed = [hk.moe_pack(up), hk.moe_pack(down), hk.linear_pack(shared_up), hk.linear_pack(shared_down)]
-        got = hk.moe_step(
-            x, norm, hk.linear_pack(router), bias, *packed, F, F2, K, groups, kept, normalize, 2.5, 1e-5
-        )
-        assert torch.equal(got, want)
+        choice = (K, groups, kept, normalize, 2.5, 1e-5)
+        step = hk.MoeStep(norm, hk.linear_pack(router), bias, *packed, F, F2, *choice)
+        assert torch.equal(step(x), want)
 
 
 @pytest.mark.parametrize("isa", testing.isas())
@@ -107,8 +108,8 @@ def test_attention_step_is_its_operators_to_the_bit(isa, dtype, Q, D, H, Hk, P):
         heads = [hk.linear(normed, w).unflatten(1, (n, P)) for w, n in ((q, H), (k, Hk), (v, Hk))]
         want = x + hk.linear(hk.attention_decode(*heads, cache, table, lengths).flatten(1), o)
         packed = [hk.linear_pack(w) for w in (q, k, v, o)]
-        got = hk.attention_step(x, norm, *packed, other, table, lengths, H, 1e-5)
-        assert torch.equal(got, want)
+        step = hk.AttentionStep(norm, *packed, H, Hk, P, 1e-5)
+        assert torch.equal(step(x, other, table, lengths), want)
         assert torch.equal(other, cache)
 
 
@@ -122,41 +123,76 @@ def test_step_is_available_where_native_would_be_chosen():
     assert not hk.step_available()
 
 
-def mamba_args():
+def small():
     x, norm, gate_norm, matrices, conv, scan = mamba(2, 8, 2, 4, 1, 4, 4, torch.float32)
     packed = [hk.linear_pack(m) for m in matrices]
-    names = ["x", "norm", "in_proj", "conv_state", "conv_weight", "conv_bias", "state", "A", "D", "dt_bias"]
-    names += ["gate_norm", "out_proj", "groups", "eps", "dt_limit"]
-    return dict(zip(names, [x, norm, packed[0], *conv, *scan, gate_norm, packed[1], 1, 1e-5, (0.0, INF)]))
+    names = ["norm", "in_proj", "conv_weight", "conv_bias", "A", "D", "dt_bias", "gate_norm", "out_proj"]
+    names += ["head_dim", "state_dim", "groups", "eps", "dt_limit"]
+    given = [norm, packed[0], *conv[1:], *scan[1:], gate_norm, packed[1], 4, 4, 1, 1e-5, (0.0, INF)]
+    return dict(zip(names, given)), [x, conv[0], scan[0]]
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda step: pickle.loads(pickle.dumps(step))])
+def test_step_copied_has_weights_of_its_own(copier):
+    given, args = small()
+    step = hk.MambaStep(*given.values())
+    other = copier(step)
+    with torch.no_grad():
+        want = step(*[a.clone() for a in args])
+        given["gate_norm"].zero_()
+        assert not torch.equal(step(*[a.clone() for a in args]), want)
+        assert torch.equal(other(*[a.clone() for a in args]), want)
 
 
 BAD = [
-    ({"x": torch.zeros(8)}, r"mamba_step: x_QD must have shape"),
-    ({"x": torch.zeros(2, 8).double()}, "x_QD must have dtype float32 or bfloat16"),
-    ({"x": torch.zeros(8, 2).T}, "x_QD must be contiguous on the CPU"),
-    ({"norm": torch.zeros(7)}, r"norm_D must have shape \(8\)"),
+    ({"norm": torch.zeros(8, 1)}, r"mamba_step: norm_D must have shape \(\*\)"),
     ({"norm": torch.zeros(8).bfloat16()}, "norm_D must have dtype float32"),
-    ({"state": torch.zeros(1, 2, 4, 4)}, "state_QHPS must have shape"),
-    ({"conv_state": torch.zeros(2, 16, 2)}, "conv_state_QCK must have shape"),
+    ({"norm": torch.zeros(16)[::2]}, "norm_D must be contiguous on the CPU"),
     ({"conv_weight": torch.zeros(15, 4)}, "conv_weight_CW must have shape"),
+    ({"conv_bias": torch.zeros(15)}, "conv_bias_C must have shape"),
     ({"groups": 3}, "groups must divide the 2 heads, got 3"),
     ({"groups": 0}, "groups must be > 0, got 0"),
-    ({"A": torch.zeros(3)}, "A_H must have shape"),
+    ({"D": torch.zeros(3)}, "D_H must have shape"),
     ({"gate_norm": torch.zeros(4)}, "gate_norm must have shape"),
-    ({"in_proj": torch.zeros(2000)}, "linear: packed weights must come from moe_pack"),
+    ({"in_proj": torch.zeros(2000).double()}, "the packed matrices must have dtype float32 or bfloat16"),
     ({"out_proj": torch.zeros(2000).bfloat16()}, "out_proj must have dtype float32"),
 ]
 
 
 @pytest.mark.parametrize(("wrong", "message"), BAD)
-def test_mamba_step_refuses(wrong, message):
+def test_mamba_step_refuses_weights(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        hk.MambaStep(*(small()[0] | wrong).values())
+
+
+@pytest.mark.parametrize(
+    ("which", "wrong", "message"),
+    [
+        (0, torch.zeros(8), "mamba_step: x_QD must have shape"),
+        (0, torch.zeros(2, 7), "x_QD must have shape"),
+        (0, torch.zeros(2, 8).bfloat16(), "x_QD must have dtype float32"),
+        (0, torch.zeros(8, 2).T, "x_QD must be contiguous on the CPU"),
+        (1, torch.zeros(2, 16, 2), "conv_state_QCK must have shape"),
+        (2, torch.zeros(1, 2, 4, 4), "state_QHPS must have shape"),
+        (2, torch.zeros(2, 2, 4, 8)[..., ::2], "state_QHPS must be contiguous"),
+    ],
+)
+def test_mamba_step_refuses_states(which, wrong, message):
+    given, args = small()
+    args[which] = wrong
     with torch.no_grad(), pytest.raises(ValueError, match=message):
-        hk.mamba_step(*(mamba_args() | wrong).values())
+        hk.MambaStep(*given.values())(*args)
+
+
+def test_step_refuses_matrices_of_another_layer():
+    given, args = small()
+    given["in_proj"] = given["out_proj"]
+    with torch.no_grad(), pytest.raises(ValueError, match="linear: packed weights must have as"):
+        hk.MambaStep(*given.values())(*args)
 
 
 def test_attention_step_refuses_lengths_and_blocks_outside_the_cache():
-    x, norm = torch.zeros(1, 8), torch.ones(8)
-    packed = [hk.linear_pack(torch.zeros(8, 8))] * 4
+    step = hk.AttentionStep(torch.ones(8), *[hk.linear_pack(torch.zeros(8, 8))] * 4, 1, 1, 8, 1e-5)
     cache, table = torch.zeros(2, 2, 4, 1, 8), torch.tensor([[0, 1]], dtype=torch.int32)
     for other, length, message in [
         (table, 8, "lengths must leave room in 2 pages of 4 tokens"),
@@ -165,4 +201,4 @@ def test_attention_step_refuses_lengths_and_blocks_outside_the_cache():
     ]:
         lengths = torch.tensor([length], dtype=torch.int32)
         with torch.no_grad(), pytest.raises(ValueError, match=message):
-            hk.attention_step(x, norm, *packed, cache, other, lengths, 1, 1e-5)
+            step(torch.zeros(1, 8), cache, other, lengths)
