@@ -301,16 +301,19 @@ def main() -> None:
     print(f"peak of bf16 products {peak('bfloat16') / 1e9:.0f} GFLOP/s", flush=True)
     rivals = Rivals()
     try:
-        results = measure(options, names, rivals)
+        measure(options, names, rivals)
     finally:
         rivals.close()
     print(f"peak of bf16 products {peak('bfloat16') / 1e9:.0f} GFLOP/s", flush=True)
-    if options.out:
-        save(options.out, results, absent=missing)
 
 
-def measure(options: argparse.Namespace, names: list[str], rivals: Rivals) -> list[dict]:
+def measure(options: argparse.Namespace, names: list[str], rivals: Rivals) -> None:
     results: list[dict] = []
+
+    def keep(rows: list[dict]) -> None:
+        results.extend(rows)
+        if options.out:  # each time: a run that is cut short has what it measured
+            save(options.out, results, absent=absent(options.rivals))
 
     def wanted(name: str) -> bool:
         return any(text in name for text in options.only)
@@ -322,14 +325,14 @@ def measure(options: argparse.Namespace, names: list[str], rivals: Rivals) -> li
         if case.name.startswith("train"):
             for key in [key for key in rivals.running if not key[0].startswith("training")]:
                 rivals.running.pop(key).close()
-        results.append(interleaved(case, options.rounds, options.seconds))
+        keep([interleaved(case, options.rounds, options.seconds)])
         show(results[-1])
     if "memory" in options.what:
-        results += memory(names, rivals)
+        keep(memory(names, rivals))
     if "gain" in options.what:
         for case, ops in gain_cases(rivals):
             if wanted(case.name):
-                results.append(gain(case, ops, options.rounds, options.seconds))
+                keep([gain(case, ops, options.rounds, options.seconds)])
     if "profile" in options.what:
         for kind, line in (
             ("native", "prefill 2048"),
@@ -341,7 +344,6 @@ def measure(options: argparse.Namespace, names: list[str], rivals: Rivals) -> li
                 process.ask("open 1 512" if kind == "native" else line)
                 process.ask(line)
                 process.ask(f"profile {line}")
-    return results
 
 
 if __name__ == "__main__":

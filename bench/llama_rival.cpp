@@ -5,7 +5,6 @@
 //   open SEQUENCES CONTEXT  a cache for `decode`, filled
 //   decode STEPS            seconds of so many tokens, one at a time, after one another
 //   resident | peak         bytes of this process now | the most since the last `peak`
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +13,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
+#include <map>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -67,6 +67,7 @@ int main(int count, char** arguments) {
   if (!model) fail(std::string("cannot load ") + arguments[1]);
   const int threads = std::atoi(arguments[2]), entries = llama_vocab_n_tokens(llama_model_get_vocab(model));
   llama_context* kept = nullptr;
+  std::map<int, llama_context*> prompts;
   std::cout << "ready" << std::endl;
   for (std::string line; std::getline(std::cin, line);) {
     std::istringstream words(line);
@@ -83,10 +84,10 @@ int main(int count, char** arguments) {
     } else if (verb == "prefill") {
       int tokens;
       words >> tokens;
-      llama_context* context = open_context(model, tokens, threads);
-      const double taken = decode(context, random_ids(tokens, entries));
-      llama_free(context);
-      std::cout << taken << '\n';
+      llama_context*& context = prompts[tokens];  // kept: a new one's memory comes in page by page while it is timed
+      if (!context) context = open_context(model, tokens, threads);
+      llama_memory_clear(llama_get_memory(context), true);
+      std::cout << decode(context, random_ids(tokens, entries)) << '\n';
     } else if (verb == "open") {
       int sequences, tokens;
       words >> sequences >> tokens;

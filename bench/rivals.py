@@ -16,6 +16,7 @@ Run by hand: `python bench/rivals.py native build/bench/scaled_570m`, then type 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -31,11 +32,18 @@ KINDS = ("native", "torch", "transformers", "training", "training-transformers")
 IDLE_S = 0.01  # before each answer: idle OpenMP threads spin for some milliseconds, not while the next rival is timed
 
 
+def _on_all_cores() -> None:
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
 class Process:
     """One rival; `ask` sends a line and returns the numbers of the answer."""
 
     def __init__(self, command: list[str]) -> None:
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # With OMP_PROC_BIND this thread is bound to a core, and a child would inherit that core alone.
+        self.child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=_on_all_cores
+        )
         self.command = command
 
     def wait(self) -> Process:
@@ -121,7 +129,8 @@ class Ours:
 
     def open(self, sequences: int, context: int) -> None:
         self.sequences = sequences
-        self.cache = self.model.new_cache(1, context + 1024)
+        # room for the steps of a case: ten rounds of 16
+        self.cache = self.model.new_cache(1, min(context + 256, self.model.config.max_position_embeddings))
         self.last_logits(torch.randint(self.entries, (1, context)), self.cache)
         self.cache.reorder([0] * sequences)
 

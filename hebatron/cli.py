@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from hebatron.verbs import Arguments as Arguments
 from hebatron.verbs import (
     average,
+    bench,
     chat,
     data_inspect,
     data_prepare,
@@ -85,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     doctor.register(verbs)
+    bench.register(verbs)
     info.register(verbs)
     quickstart.register(verbs)
     data = verbs.add_parser("data", help="prepare training text")
