@@ -24,20 +24,16 @@ from torch.utils.checkpoint import checkpoint
 from hebatron_kernels import (
     attention_decode,
     attention_prefill,
-    causal_conv1d,
-    causal_conv1d_update,
     linear,
     linear_cross_entropy,
-    moe_mlp,
     moe_route,
     rms_norm,
-    ssd_scan,
-    ssd_update,
 )
 
 from .cache import Cache, CacheStep
 from .config import ModelConfig
 from .generate import generate
+from .mixers import MambaSizes, MambaWeights, mamba2, mamba2_update, routed_experts
 from .packed import Packed, enter, must
 from .router import load_entropy, sequence_balance_loss
 
@@ -131,6 +127,14 @@ class Mamba2(AtLeastFloat32):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.config = c
+        self.sizes = MambaSizes(
+            c.mamba_num_heads,
+            c.mamba_head_dim,
+            c.n_groups,
+            c.ssm_state_size,
+            c.time_step_limit,
+            c.chunk_size,
+        )
         self.in_proj = Linear(c.hidden_size, c.d_inner + c.conv_dim + c.mamba_num_heads)
         self.conv1d = DepthwiseConv(c.conv_dim, c.conv_kernel, c.use_conv_bias)
         self.A_log = nn.Parameter(torch.empty(c.mamba_num_heads))
@@ -140,33 +144,17 @@ class Mamba2(AtLeastFloat32):
         self.out_proj = Linear(c.d_inner, c.hidden_size)
 
     def forward(self, x_TD: Tensor, context: Context, layer: int) -> Tensor:
-        c, step = self.config, context.step
-        z_TD, xBC_TC, dt_TH = self.in_proj(x_TD).split([c.d_inner, c.conv_dim, c.mamba_num_heads], dim=-1)
-        weight_CW, bias_C = self.conv1d.cast(x_TD.dtype)
-        A_H, D_H, dt_bias_H = -torch.exp(self.A_log), self.D, self.dt_bias
-        state = None if step is None else step.mamba_state(layer)
-        if step is not None and state is not None and step.one_token:
-            xBC_TC = causal_conv1d_update(xBC_TC, state.conv, weight_CW, bias_C, "silu")
-            x_THP, B_TGS, C_TGS = self._split(xBC_TC)
-            y_THP = ssd_update(state.ssm, x_THP, dt_TH, A_H, B_TGS, C_TGS, D_H, dt_bias_H, c.time_step_limit)
+        z_TD, xBC_TC, dt_TH = self.sizes.split(self.in_proj(x_TD))
+        weights = MambaWeights(*self.conv1d.cast(x_TD.dtype), -torch.exp(self.A_log), self.D, self.dt_bias)
+        state = None if context.step is None else context.step.mamba_state(layer)
+        if context.step is not None and state is not None and context.step.one_token:
+            y_TD = mamba2_update(self.sizes, weights, xBC_TC, dt_TH, (state.conv, state.ssm))
         else:
-            cu = context.cu_seqlens
-            conv, ssm = (None, None) if state is None else (state.conv, state.ssm)
-            xBC_TC, conv = causal_conv1d(xBC_TC, weight_CW, bias_C, "silu", cu, conv)
-            x_THP, B_TGS, C_TGS = self._split(xBC_TC)
-            steps = (D_H, dt_bias_H, c.time_step_limit)
-            y_THP, ssm = ssd_scan(x_THP, dt_TH, A_H, B_TGS, C_TGS, *steps, cu, ssm, c.chunk_size)
+            before = None if state is None else (state.conv, state.ssm)
+            y_TD, after = mamba2(self.sizes, weights, xBC_TC, dt_TH, context.cu_seqlens, before)
             if state is not None:
-                state.stage(conv, ssm)
-        return self.out_proj(self.norm(y_THP.flatten(1), z_TD))
-
-    def _split(self, xBC_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        c = self.config
-        width = c.n_groups * c.ssm_state_size
-        x_TD, B_TD, C_TD = xBC_TC.split([c.d_inner, width, width], dim=-1)
-        x_THP = x_TD.unflatten(1, (c.mamba_num_heads, c.mamba_head_dim))
-        B_TGS = B_TD.unflatten(1, (c.n_groups, c.ssm_state_size))
-        return x_THP, B_TGS, C_TD.unflatten(1, (c.n_groups, c.ssm_state_size))
+                state.stage(*after)
+        return self.out_proj(self.norm(y_TD, z_TD))
 
 
 class DepthwiseConv(nn.Module):
@@ -258,11 +246,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, c.expert_dim, width))
 
     def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        weights: list[Tensor] = [self.up_proj, self.down_proj]  # each reading forms an adapted one anew
-        # the operator rounds fp32 weights under bf16 itself, without a copy
-        if (x_TD.dtype, weights[0].dtype) != (torch.bfloat16, torch.float32):
-            weights = [weight.to(x_TD.dtype) for weight in weights]
-        return moe_mlp(x_TD, ids_TK, weights_TK, *weights)
+        # each weight is read once: an adapted one is formed anew at every reading
+        return routed_experts(x_TD, ids_TK, weights_TK, self.up_proj, self.down_proj)
 
 
 class MoE(nn.Module):
