@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .acceleration.accelerate import accelerate
     from .cache import Cache
     from .config import ModelConfig
     from .model import Hebatron, Output, RouterStats
 
-__all__ = ["Cache", "Hebatron", "ModelConfig", "Output", "RouterStats"]
+__all__ = ["Cache", "Hebatron", "ModelConfig", "Output", "RouterStats", "accelerate"]
 
 _HOMES = {
     "Cache": "cache",
@@ -18,6 +19,7 @@ _HOMES = {
     "ModelConfig": "config",
     "Output": "model",
     "RouterStats": "model",
+    "accelerate": "acceleration.accelerate",
 }
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -84,6 +87,25 @@ def make_model(config: ModelConfig, seed: int = 0) -> Hebatron:
     return model
 
 
+def make_oracle(model: Hebatron) -> Any:
+    """transformers' model with these weights and the right limit of the step, which it would not take from a config."""
+    from transformers import NemotronHConfig, NemotronHForCausalLM
+
+    config = NemotronHConfig(
+        **{n: v for n, v in model.config.to_hub().items() if n not in ("model_type", "time_step_limit")}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        oracle = NemotronHForCausalLM(config)
+    oracle.set_experts_implementation("eager")
+    oracle.config.time_step_limit = model.config.time_step_limit
+    for module in oracle.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = model.config.time_step_limit
+    oracle.load_state_dict({n.replace("backbone.", "model."): t for n, t in model.state_dict().items()})
+    return oracle.train(model.training)
+
+
 def random_ids(config: ModelConfig, rows: int, length: int, seed: int = 0) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.randint(0, config.vocab_size, (rows, length), generator=g)
@@ -94,6 +116,22 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     assert got.shape == wanted.shape, (got.shape, wanted.shape)
     assert torch.isfinite(got).all() and torch.isfinite(wanted).all()
     return ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)).item()
+
+
+def check_gradients(parameters: Mapping[str, nn.Parameter], wanted: Mapping[str, Tensor | None]) -> None:
+    """Each parameter's gradient is transformers', in fp32."""
+    assert parameters.keys() == wanted.keys()
+    largest = max(g.abs().max().item() for g in wanted.values() if g is not None)
+    for name, p in parameters.items():
+        wanted_grad = wanted[name]
+        if wanted_grad is None:  # transformers skips an expert no token chose; ours is exactly zero
+            assert p.grad is None or not p.grad.any(), name
+            continue
+        assert p.grad is not None, name
+        # 1e-4 of the parameter's gradient. The floor is for sums over all tokens that nearly cancel (one head's D):
+        # there both sides are 1e-4 away from fp64; and for a top-1 router, whose true gradient is 0.
+        allowed = 1e-4 * wanted_grad.abs().max().item() + 1e-5 * largest
+        assert (p.grad - wanted_grad).abs().max().item() <= allowed, name
 
 
 def ends(*values: int) -> Tensor:

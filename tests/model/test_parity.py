@@ -7,31 +7,13 @@ is set by hand; `test_hub.py` checks the export that needs no such help.
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from model_cases import make_model, random_config, random_ids, relative
-from torch import nn
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from model_cases import check_gradients, make_model, make_oracle, random_config, random_ids, relative
 
-from hebatron import Hebatron, ModelConfig
-
-
-def make_oracle(model: Hebatron) -> nn.Module:
-    config = NemotronHConfig(
-        **{n: v for n, v in model.config.to_hub().items() if n not in ("model_type", "time_step_limit")}
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        oracle = NemotronHForCausalLM(config)
-    oracle.set_experts_implementation("eager")
-    for module in oracle.modules():
-        if hasattr(module, "time_step_limit"):
-            module.time_step_limit = model.config.time_step_limit
-    oracle.load_state_dict({n.replace("backbone.", "model."): t for n, t in model.state_dict().items()})
-    return oracle.train(model.training)
+from hebatron import ModelConfig
 
 
 def length_of(config: ModelConfig, seed: int) -> int:
@@ -58,17 +40,7 @@ def test_model_matches_transformers(seed: int) -> None:
     assert loss is not None and abs(loss.item() - wanted_loss.item()) <= 1e-5 * wanted_loss.item()
     loss.backward()
     gradients = {n.replace("model.", "backbone.", 1): p.grad for n, p in oracle.named_parameters()}
-    largest = max(g.abs().max().item() for g in gradients.values() if g is not None)
-    for name, p in model.named_parameters():
-        wanted_grad = gradients[name]
-        if wanted_grad is None:  # transformers skips an expert no token chose; ours is exactly zero
-            assert p.grad is None or not p.grad.any(), name
-            continue
-        assert p.grad is not None, name
-        # 1e-4 of the parameter's gradient. The floor is for sums over all tokens that nearly cancel (one head's D):
-        # there both sides are 1e-4 away from fp64; and for a top-1 router, whose true gradient is 0.
-        allowed = 1e-4 * wanted_grad.abs().max().item() + 1e-5 * largest
-        assert (p.grad - wanted_grad).abs().max().item() <= allowed, name
+    check_gradients(dict(model.named_parameters()), gradients)
 
 
 def test_cases_cover_what_they_claim() -> None:

@@ -1,0 +1,1 @@
+"""Our operators under a model of transformers, in place: `hebatron.accelerate`."""
