@@ -66,7 +66,7 @@ def cases() -> list[Case]:
 def check() -> None:
     for tokens, width, entries, dtype in SHAPES:
         small = make(min(tokens, 60), width, min(entries, 1200), torch.float64)
-        testing.check_oracle(hk.linear_cross_entropy, [*small, -100, "mean"], dtype, "native", factor=4)
+        testing.check_oracle(hk.linear_cross_entropy, [*small, -100, "mean"], dtype, "native")
 
 
 if __name__ == "__main__":

@@ -82,13 +82,17 @@ HEBATRON_INLINE void store_steps(float* to, int64_t stride, Vec first, Vec secon
 }
 HEBATRON_INLINE void store_steps(bf16* to, int64_t, Vec first, Vec second) { store_pairs(to, first, second); }
 
-// c (MR rows of NV whole vectors, `stride` apart) += A B
+// c (MR rows of NV whole vectors, `stride` apart) += A B. The product is a chain of additions of its own: as a part of one
+// chain over all blocks it would err more with every block.
 template <class T, int MR, int NV>
 static void add_tile(float* c, int64_t stride, const T* a, int64_t ai, int64_t ak, const T* b, int64_t units) {
   Vec acc[MR][NV];
-  HEBATRON_UNROLL for (int i = 0; i < MR; i++) HEBATRON_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = load(c + i * stride + j * kLanes);
+  clear(acc);
   tile<T>(acc, a, ai, ak, b, units);
-  HEBATRON_UNROLL for (int i = 0; i < MR; i++) HEBATRON_UNROLL for (int j = 0; j < NV; j++) store(c + i * stride + j * kLanes, acc[i][j]);
+  HEBATRON_UNROLL for (int i = 0; i < MR; i++) HEBATRON_UNROLL for (int j = 0; j < NV; j++) {
+    float* to = c + i * stride + j * kLanes;
+    store(to, load(to) + acc[i][j]);
+  }
 }
 // The same for a panel as wide as its columns need.
 template <class T, int MR>

@@ -63,13 +63,32 @@ static void pack_entries(const LossArgs& a, T* to, int64_t first, int64_t count)
   }
 }
 
+constexpr int64_t kGradUnits = 128;
+
+// acc = the logits of MR rows of x and a panel of entries. Each 256 steps are one chain of additions, and the chains are added,
+// as in gemm.h.
+template <class T, int MR>
+HEBATRON_INLINE void logits_of(Vec (&acc)[MR][kTileVectors], const T* x, const T* panel, int64_t width) {
+  constexpr int64_t kChainUnits = 256;
+  const int64_t units = units_of<T>(width);
+  clear(acc);
+  tile<T>(acc, x, padded_k<T>(width), kUnit<T>, panel, std::min(units, kChainUnits));
+  for (int64_t u = kChainUnits; u < units; u += kChainUnits) {
+    float sums[MR][kTileColumns];
+    HEBATRON_UNROLL for (int i = 0; i < MR; i++) HEBATRON_UNROLL for (int j = 0; j < kTileVectors; j++) store(sums[i] + j * kLanes, acc[i][j]);
+    clear(acc);
+    tile<T>(acc, x + u * kUnit<T>, padded_k<T>(width), kUnit<T>, panel + u * kTileColumns * kUnit<T>, std::min(units - u, kChainUnits));
+    HEBATRON_UNROLL for (int i = 0; i < MR; i++) HEBATRON_UNROLL for (int j = 0; j < kTileVectors; j++)
+      acc[i][j] = load(sums[i] + j * kLanes) + acc[i][j];
+  }
+}
+
 // z (kRows' rows of kEntries) of MR rows of x against the packed entries.
 template <class T, int MR>
 static void logits(const T* x, int64_t width, const T* weight, int64_t panels, float* z) {
   for (int64_t panel = 0; panel < panels; panel++) {
     Vec acc[MR][kTileVectors];
-    clear(acc);
-    tile<T>(acc, x, padded_k<T>(width), kUnit<T>, weight + panel * kTileColumns * padded_k<T>(width), units_of<T>(width));
+    logits_of<T>(acc, x, weight + panel * kTileColumns * padded_k<T>(width), width);
     HEBATRON_UNROLL for (int i = 0; i < MR; i++) HEBATRON_UNROLL for (int j = 0; j < kTileVectors; j++)
       store(z + i * kEntries + panel * kTileColumns + j * kLanes, acc[i][j]);
   }
@@ -183,8 +202,7 @@ struct Block {
   void differentiate(int64_t r) const {
     for (int64_t panel = 0; panel < panels_of(count); panel++) {
       Vec acc[MR][kTileVectors];
-      clear(acc);
-      tile<T>(acc, plan.x + r * plan.x_stride, plan.x_stride, kUnit<T>, plan.weight + panel * kTileColumns * plan.x_stride, units_of<T>(a.width));
+      logits_of<T>(acc, plan.x + r * plan.x_stride, plan.weight + panel * kTileColumns * plan.x_stride, a.width);
       float dz[MR + 1][kTileColumns];  // one more row: an odd last token has a pair of zeros
       for (float& value : dz[MR]) value = 0.0f;
       HEBATRON_UNROLL for (int i = 0; i < MR; i++) {
@@ -215,10 +233,12 @@ struct Block {
 #pragma omp for schedule(static) collapse(2)
     for (int64_t panel = 0; panel < panels_of(a.width); panel++)
       for (int64_t at = 0; at < rows; at += kRows) {
-        const int64_t column = panel * kTileColumns;
+        const int64_t column = panel * kTileColumns, step = vectors_of(a.width - column) * kLanes * kUnit<T>, units = units_of<T>(count);
         for_strips(std::min(kRows, rows - at), [&](int64_t r, auto count_rows) {
-          add_product<T, count_rows>(plan.grad_x + (begin + at + r) * plan.columns + column, plan.columns, plan.dz + (at + r) * kStepsStride,
-                                     kStepsStride, kUnit<T>, plan.weight_rows + column * kEntries, units_of<T>(count), a.width - column);
+          for (int64_t u = 0; u < units; u += kGradUnits)  // short chains: a target's large term stands among many small ones
+            add_product<T, count_rows>(plan.grad_x + (begin + at + r) * plan.columns + column, plan.columns,
+                                       plan.dz + (at + r) * kStepsStride + u * kUnit<T>, kStepsStride, kUnit<T>,
+                                       plan.weight_rows + column * kEntries + u * step, std::min(kGradUnits, units - u), a.width - column);
         });
       }
   }

@@ -4,8 +4,8 @@
 // Traffic   x, B, C, dt read and y written once; at 64 x 64 heads, 8 groups, state 128 a group's states (256 KB, fp32, and
 //           128 KB of bf16) and a chunk's operands stay in L2.
 // Roofline  compute: per token and head 2 P S for each of two products, P chunk for the third; vdpbf16ps, fp32 FMA elsewhere.
-// Measured  2026-11-28, Zen 4, 2 threads, 64 x 64 heads, 8 groups, state 128, 4,096 tokens: bf16 46.1 ms, 53 % of peak, 15.1x
-//           the torch form (in nine documents 42.2 ms, 17.3x); fp32 with other jobs beside 60 %, 7.1x. bench/bench_ssd.py.
+// Measured  2026-11-28, Zen 4, 2 threads, 64 x 64 heads, 8 groups, state 128, 4,096 tokens: bf16 40.8 ms, 53 % of peak, 14.6x
+//           the torch form (in nine documents 17.6x); fp32 55 %, 7.4x. bench/bench_ssd.py.
 // Limits    fp32, or bf16 with bf16 factors, fp32 sums and fp32 carried state; any head_dim, state and heads per group;
 //           chunks of at most 64 tokens; int64 offsets.
 // Why so    the heads of a group are one task because they share C B^T and the packed B and C; they are split only where

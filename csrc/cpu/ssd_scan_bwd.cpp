@@ -4,8 +4,8 @@
 // Traffic   x, B, C, dt, grad_y read and their gradients written once; the entering states of 64 chunks at a time are
 //           computed again and kept (8 heads of 64 x 128: 8 MB in bf16, 16 in fp32), for longer sequences once more.
 // Roofline  compute: per token and head 2 P S for each of five products and 2 P chunk for two; vdpbf16ps, fp32 FMA elsewhere.
-// Measured  2026-11-28, Zen 4, 2 threads, 64 x 64 heads, 8 groups, state 128, 4,096 tokens: bf16 109.5 ms, 48 % of peak, 10.1x
-//           the torch form's autograd; fp32 with other jobs beside 47 %, 5.4x. bench/bench_ssd.py.
+// Measured  2026-11-28, Zen 4, 2 threads, 64 x 64 heads, 8 groups, state 128, 4,096 tokens: bf16 108.7 ms, 50 % of peak, 10.0x
+//           the torch form's autograd; fp32 43 %, 4.8x. bench/bench_ssd.py.
 // Limits    as the forward; gradients of B and C are summed over the heads of a group in fp32, before they are rounded.
 // Why so    the state is held as P x S here, so that grad_C = grad_y h and grad_B = x grad_h need no transposed copy. The
 //           gradient of a log decay is a sum over the pairs of tokens that it stands between, which nothing cancels; the

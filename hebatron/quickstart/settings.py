@@ -21,25 +21,25 @@ BASE = "base"  # the phase before the Hebrew ones; "before" figures are taken at
 CORPUS = "text"  # name of the one prepared corpus; its sources are "text/narrative" and so on
 
 PHASES = (
-    Phase(BASE, {"text/english": 1.0, "text/python": 1.0}, tokens=110_000, seq_len=256),
+    Phase(BASE, {"text/english": 1.0, "text/python": 1.0}, tokens=165_000, seq_len=256),
     Phase(
         "1 simple",
         {"text/exercises": 1.0, "text/interface": 1.0, "text/narrative": 3.0},
-        tokens=180_000,
+        tokens=270_000,
         seq_len=256,
         anchor_share=0.15,
     ),
     Phase(
         "2 poetry",
         {"text/narrative": 1.0, "text/poetry": 3.0},
-        tokens=140_000,
+        tokens=210_000,
         seq_len=512,
         anchor_share=0.15,
     ),
     Phase(
         "3 long",
         {"text/books": 1.0, "text/mishnah": 1.5, "text/narrative": 0.5},
-        tokens=190_000,
+        tokens=285_000,
         seq_len=1024,
         anchor_share=0.15,
     ),
