@@ -81,6 +81,13 @@ def ssd_scan_bwd(grads: list[Tensor], *args: Any) -> list[Tensor]:
     return found
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Rows of the last two dimensions side by side: a view of a projection's slice, and a copy of what is laid out
+    otherwise. Of a last dimension of one flatten makes a view whatever the strides."""
+    rows = x.flatten(1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
 def _scan_inputs(
     x_THP: Tensor,
     dt_TH: Tensor,
@@ -96,8 +103,7 @@ def _scan_inputs(
 ) -> dict[str, Any]:
     tokens, heads, head_dim = x_THP.shape
     groups, state_dim = B_TGS.shape[1:]
-    # flatten is a view of a projection's slice, and copies what is laid out otherwise
-    x, B, C = x_THP.flatten(1), B_TGS.flatten(1), C_TGS.flatten(1)
+    x, B, C = _rows(x_THP), _rows(B_TGS), _rows(C_TGS)
     dt, A, D, dt_bias, initial = (
         None if v is None else v.float().contiguous() for v in (dt_TH, A_H, D_H, dt_bias_H, initial_state)
     )
@@ -155,8 +161,7 @@ def ssd_update(
     dt_bias_H: Tensor | None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> Tensor:
-    # flatten is a view of a projection's slice, and copies what is laid out otherwise
-    x, B, C = x_QHP.flatten(1), B_QGS.flatten(1), C_QGS.flatten(1)
+    x, B, C = _rows(x_QHP), _rows(B_QGS), _rows(C_QGS)
     dt, A, D, dt_bias = (None if v is None else v.float().contiguous() for v in (dt_QH, A_H, D_H, dt_bias_H))
     y_QHP = torch.empty(x_QHP.shape, dtype=x_QHP.dtype)
     _native.call(
