@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NoReturn
 
@@ -73,10 +74,10 @@ def sequences(cu: Tensor | None) -> int:
     return 1 if cu is None else cu.numel() - 1
 
 
-def integer(op: str, **values: int | None) -> None:
-    """None stands for an option left out; bool is no integer here."""
+def integer(op: str, **values: int) -> None:
+    """bool is no integer here."""
     for arg, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, torch.SymInt))):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             refuse(op, arg, "be an integer", repr(value))
 
 
@@ -86,3 +87,11 @@ def positive(op: str, **values: float) -> None:
             refuse(op, arg, "be a number", repr(value))
         if not value > 0:
             refuse(op, arg, "be > 0", value)
+        if isinstance(value, float) and value == math.inf:
+            refuse(op, arg, "be finite", value)
+
+
+def truth(op: str, **values: bool) -> None:
+    for arg, value in values.items():
+        if not isinstance(value, bool):
+            refuse(op, arg, "be True or False", repr(value))

@@ -9,6 +9,7 @@ from . import _check, _native
 
 HEADER_BYTES = 64
 PANEL_LANES = 16
+STORED = (torch.bfloat16, torch.float32)
 
 
 def packed_elements(experts: int, outputs: int, inner: int, dtype: torch.dtype) -> int:
@@ -58,11 +59,21 @@ def unpack(packed: Tensor, experts: int, outputs: int, inner: int) -> Tensor:
 
 
 def check(
-    op: str, arg: str, packed: Tensor, dtype: torch.dtype, experts: int, outputs: int, inner: int
+    op: str,
+    arg: str,
+    packed: Tensor,
+    dtype: torch.dtype | None,
+    experts: int,
+    outputs: int,
+    inner: int,
 ) -> None:
+    """`dtype` None is any in which weights are packed."""
     _check.positive(op, experts=experts, outputs=outputs, inner=inner)
-    _check.tensor(op, arg, packed, None, dtypes=(dtype,))
-    elements = packed_elements(experts, outputs, inner, dtype)
+    _check.integer(op, experts=experts, outputs=outputs, inner=inner)
+    _check.tensor(op, arg, packed, None, dtypes=STORED if dtype is None else (dtype,))
+    if packed.device.type != "cpu":  # its first bytes are read there
+        _check.refuse(op, arg, "be on cpu", packed.device)
+    elements = packed_elements(experts, outputs, inner, packed.dtype)
     if packed.shape[0] != elements or not packed.is_contiguous():
         wanted = f"be the packed form of ({experts}, {outputs}, {inner}) weights, {elements} elements"
         _check.refuse(op, arg, wanted, _check.describe(packed))
@@ -84,12 +95,11 @@ def moe_pack(weight_EMK: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         BackendError: the native CPU module cannot take the weights.
     """
     op = "moe_pack"
-    stored = (torch.bfloat16, torch.float32)
-    _check.tensor(op, "weight_EMK", weight_EMK, None, None, None, dtypes=stored)
+    _check.tensor(op, "weight_EMK", weight_EMK, None, None, None, dtypes=STORED)
     if 0 in weight_EMK.shape:
         _check.refuse(op, "weight_EMK", "have no empty dimension", _check.describe(weight_EMK))
     dtype = weight_EMK.dtype if dtype is None else dtype
-    if dtype not in stored or (dtype == torch.float32 and weight_EMK.dtype != dtype):
+    if dtype not in STORED or (dtype == torch.float32 and weight_EMK.dtype != dtype):
         _check.refuse(op, "dtype", "be bfloat16, or float32 for float32 weights", dtype)
     cuda = _native.on_cuda(weight_EMK)
     reason = "packs for the CPU kernels only" if cuda else _native.refusal(weight_EMK)
@@ -104,7 +114,7 @@ def moe_unpack(packed: Tensor, experts: int, outputs: int, inner: int) -> Tensor
     Raises:
         ValueError: `packed` is not the packed form of weights of these sizes.
     """
-    check("moe_unpack", "packed", packed, packed.dtype, experts, outputs, inner)
+    check("moe_unpack", "packed", packed, None, experts, outputs, inner)
     return unpack(packed, experts, outputs, inner)
 
 

@@ -99,20 +99,21 @@ def attention_prefill(
     check.tensor(op, "k_SHkP", k_SHkP, None, None, head_dim, dtypes=(q_THP.dtype,))
     check.tensor(op, "v_SHkP", v_SHkP, *k_SHkP.shape, dtypes=(q_THP.dtype,))
     _check_heads(op, "k_SHkP", heads, k_SHkP.shape[1], head_dim)
-    check.same_device(
-        op, q_THP, k_SHkP=k_SHkP, v_SHkP=v_SHkP, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
-    )
     if cu_seqlens_q is None and cu_seqlens_k is not None:
         check.refuse(op, "cu_seqlens_k", "be None when cu_seqlens_q is None", check.describe(cu_seqlens_k))
     if cu_seqlens_q is not None and cu_seqlens_k is None and k_SHkP.shape[0] != tokens:
         check.refuse(op, "cu_seqlens_k", f"be given when {tokens} queries meet {k_SHkP.shape[0]} keys", None)
     check.cu_seqlens(op, cu_seqlens_q, tokens, "cu_seqlens_q")
     check.cu_seqlens(op, cu_seqlens_k, k_SHkP.shape[0], "cu_seqlens_k")
+    check.same_device(
+        op, q_THP, k_SHkP=k_SHkP, v_SHkP=v_SHkP, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+    )
     if cu_seqlens_k is not None and check.sequences(cu_seqlens_k) != check.sequences(cu_seqlens_q):
         sequences = check.sequences(cu_seqlens_q)
         check.refuse(
             op, "cu_seqlens_k", f"name {sequences} sequences like cu_seqlens_q", check.describe(cu_seqlens_k)
         )
+    check.truth(op, causal=causal)
     if window is not None and not causal:
         check.refuse(op, "window", "be None when causal is False", window)
     _check_scale_window(op, scale, window)

@@ -84,6 +84,7 @@ def linear_cross_entropy(
     check.tensor(op, "weight_VD", weight_VD, None, width, dtypes=(x_TD.dtype,))
     check.tensor(op, "targets_T", targets_T, tokens, dtypes=(torch.int64,))
     check.same_device(op, x_TD, weight_VD=weight_VD, targets_T=targets_T)
+    check.integer(op, ignore_index=ignore_index)
     entries = weight_VD.shape[0]
     if entries == 0 or width == 0:
         check.refuse(op, "weight_VD", "have entries and a width > 0", check.describe(weight_VD))

@@ -106,7 +106,7 @@ def moe_route(
         n_group: the experts fall into this many equal groups of at least 2; 1 is no grouping.
         topk_group: groups kept per token, those with the largest sum of their two best s + bias.
         normalize: divide by the sum of the chosen scores.
-        scale: factor on the weights (routed_scaling_factor).
+        scale: factor on the weights (routed_scaling_factor), > 0 and finite.
         backend: "native", "torch" or "reference"; None chooses.
 
     Returns:
@@ -134,12 +134,14 @@ def moe_route(
     experts = logits_TE.shape[1]
     check.tensor(op, "bias_E", bias_E, experts)
     check.same_device(op, logits_TE, bias_E=bias_E)
+    check.integer(op, top_k=top_k, n_group=n_group, topk_group=topk_group)
+    check.truth(op, normalize=normalize)
+    check.positive(op, scale=scale)
     if n_group < 1 or experts % n_group or (n_group > 1 and experts < 2 * n_group):
         check.refuse(op, "n_group", f"divide {experts} experts into groups of at least 2", n_group)
     if not 1 <= topk_group <= n_group:
         check.refuse(op, "topk_group", f"be between 1 and n_group = {n_group}", topk_group)
     kept = experts // n_group * topk_group
-    check.integer(op, top_k=top_k, n_group=n_group, topk_group=topk_group)
     if not 1 <= top_k <= kept:
         check.refuse(op, "top_k", f"be between 1 and the {kept} experts of the groups kept", top_k)
     bias_E = bias_E.detach()  # decides the choice, which has no gradient
@@ -287,6 +289,9 @@ def moe_combine(
         DeepSeek-V3, arXiv 2412.19437, eq. 12.
     """
     op = "moe_combine"
+    check.integer(op, num_tokens=num_tokens)
+    if num_tokens < 0:
+        check.refuse(op, "num_tokens", "be >= 0", num_tokens)
     check.tensor(op, "weights_TK", weights_TK, num_tokens, None)
     if weights_TK.shape[1] == 0:
         check.refuse(op, "weights_TK", "have at least one expert per token", check.describe(weights_TK))

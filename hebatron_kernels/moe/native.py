@@ -23,7 +23,7 @@ PER_16_BYTES = 8
 
 def parse_implementation(value: str | None) -> tuple[str | None, int, int]:
     """The name and the tile of "sm90a:128x208"; 0 x 0 where no tile is named."""
-    name, colon, tile = (value or "").partition(":")
+    name, colon, tile = value.partition(":") if isinstance(value, str) else ("", "", "")
     sizes = tile.split("x") if colon else ["0", "0"]
     if value is not None:
         right = name in IMPLEMENTATIONS and len(sizes) == 2 and all(size.isdecimal() for size in sizes)

@@ -73,7 +73,8 @@ def rms_norm(
     rows, width = x_TD.shape
     check.tensor(op, "weight_D", weight_D, width)
     check.positive(op, eps=eps)
-    check.integer(op, group_size=group_size)
+    if group_size is not None:
+        check.integer(op, group_size=group_size)
     for name, value in (("residual_TD", residual_TD), ("gate_TD", gate_TD)):
         if value is not None:
             check.tensor(op, name, value, rows, width, dtypes=(x_TD.dtype,))

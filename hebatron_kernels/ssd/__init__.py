@@ -193,5 +193,12 @@ def _check_inputs(
         )
     if heads % B.shape[1]:
         check.refuse(op, f"B_{rows}GS", f"have a number of groups that divides the {heads} heads", B.shape[1])
-    if len(dt_limit) != 2 or not 0 <= dt_limit[0] <= dt_limit[1]:
-        check.refuse(op, "dt_limit", "be (smallest, largest) with 0 <= smallest <= largest", dt_limit)
+    pair = isinstance(dt_limit, (tuple, list)) and len(dt_limit) == 2
+    if not (
+        pair
+        and all(isinstance(limit, (int, float)) for limit in dt_limit)
+        and 0 <= dt_limit[0] <= dt_limit[1]
+        and dt_limit[0] < math.inf
+    ):
+        condition = "be (smallest, largest) with 0 <= smallest <= largest, smallest finite"
+        check.refuse(op, "dt_limit", condition, repr(dt_limit))

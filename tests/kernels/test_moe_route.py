@@ -157,29 +157,3 @@ def test_moe_route_gives_the_bias_no_gradient():
     assert not ids.requires_grad and not counts.requires_grad
     weights.sum().backward()
     assert bias.grad is None and logits.grad.isfinite().all()
-
-
-GOOD = dict(logits_TE=torch.ones(3, 8), bias_E=torch.ones(8), top_k=2)
-META = torch.ones(1, device="meta")
-BAD = [
-    (dict(logits_TE=torch.ones(3)), r"logits_TE must have shape \(\*, \*\), got float32\[3\]"),
-    (dict(logits_TE=torch.ones(3, 8).long()), "logits_TE must have dtype float64 .*, got int64"),
-    (dict(bias_E=torch.ones(7)), r"bias_E must have shape \(8\), got float32\[7\]"),
-    (dict(bias_E=META.expand(8)), "bias_E must be on cpu like the first argument, got meta"),
-    (dict(top_k=0), "top_k must be between 1 and the 8 experts of the groups kept, got 0"),
-    (dict(top_k=9), "top_k must be between 1 and the 8 experts of the groups kept, got 9"),
-    (
-        dict(top_k=5, n_group=2),
-        "top_k must be between 1 and the 4 experts of the groups kept, got 5",
-    ),
-    (dict(n_group=3), "n_group must divide 8 experts into groups of at least 2, got 3"),
-    (dict(n_group=8), "n_group must divide 8 experts into groups of at least 2, got 8"),
-    (dict(n_group=0), "n_group must divide 8 experts into groups of at least 2, got 0"),
-    (dict(n_group=2, topk_group=3), "topk_group must be between 1 and n_group = 2, got 3"),
-]
-
-
-@pytest.mark.parametrize(("wrong", "message"), BAD)
-def test_moe_route_names_a_bad_argument(wrong, message):
-    with pytest.raises(ValueError, match=f"^moe_route: .*{message}"):
-        hk.moe_route(**{**GOOD, **wrong})
