@@ -12,6 +12,7 @@ import mmap
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,13 @@ from torch import Tensor
 LARGE_BYTES = 2**23
 HUGE_PAGE = 2**21
 ANONYMOUS = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+
+
+def _references(held: list[Any], i: int) -> int:
+    return sys.getrefcount(held[i])
+
+
+UNSHARED = _references([object()], 0)  # the list's and what this Python counts of the call
 
 
 class Blocks:
@@ -45,8 +53,7 @@ class Blocks:
         return len(self._blocks[i])
 
     def _free(self) -> list[int]:
-        # two references: the list's and the argument's
-        return [i for i in range(len(self._blocks)) if sys.getrefcount(self._blocks[i]) == 2]
+        return [i for i in range(len(self._blocks)) if _references(self._blocks, i) == UNSHARED]
 
     def _new(self, size: int) -> mmap.mmap:
         free = self._free()
