@@ -72,7 +72,8 @@ def from_pretrained(
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"from_pretrained: folder must be a folder, got {str(folder)!r}")
+        absent = "" if root.exists() else ", which does not exist"
+        raise ValueError(f"from_pretrained: folder must be a folder, got {str(folder)!r}{absent}")
     if dtype is not None:
         check_dtype("from_pretrained: dtype", dtype)
     root = root.resolve()

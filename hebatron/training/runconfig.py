@@ -38,7 +38,8 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"run file: path must be a TOML file, got {path}")
+        absent = "" if path.exists() else ", which does not exist"
+        raise ValueError(f"run file: path must be a TOML file, got {path}{absent}")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -10,7 +10,9 @@ from hebatron.verbs import Arguments, VerbGroup, add_verb
 def register(group: VerbGroup) -> None:
     average = add_verb(group, "average", run, "the mean of a run's last checkpoints, as a model")
     average.add_argument("run_dir", metavar="RUN", type=Path)
-    average.add_argument("--last", type=int, default=5, help="how many checkpoints (default 5)")
+    average.add_argument(
+        "--last", type=int, default=2, help="how many checkpoints, at most training.keep_last (default 2)"
+    )
 
 
 def run(arguments: Arguments) -> int:
