@@ -89,13 +89,13 @@ for name, text in HOSTILE.items():
     except TemplateError:
         pass
     took, grown = time.process_time() - began, resident("VmHWM") - before
-    if took > 1 or grown > 200:
+    if took > 5 or grown > 200:  # about a second at most where it is quick; without a budget, hours
         print(f"{name}: {took:.2f} s, {grown:.0f} MB")
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_hostile_template_is_refused_in_a_second_and_200_megabytes() -> None:
+def test_a_hostile_template_is_refused_in_seconds_and_200_megabytes() -> None:
     path = [str(Path(__file__).parent), *sys.path]
     child = f"import sys; sys.path[:0] = {path!r}\n{CHILD}"
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, timeout=300)
