@@ -31,6 +31,10 @@ GROUPED_GEMM = {
 }
 
 
+# The other kernel files.
+OTHERS = ("norm", "moe_route", "moe_permute", "moe_combine")
+
+
 def grouped_gemm_forms(compiled: Iterable[str], compute_capability: int) -> dict[str, str]:
     """The `implementation=` strings that a GPU of this compute capability must run, and the kernel each one is."""
     found = {}

@@ -29,12 +29,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common import GROUPED_GEMM, ROOT
+from common import GROUPED_GEMM, OTHERS, ROOT
 from gpu_table import README, RESULTS, generated, rewritten
 
 BENCH = ROOT / "bench"
 # Seconds of each step; together under 10 minutes on 16 cores and one H100 or H200.
 SECONDS = {"build": 150, "conformance": 70, "tests": 120, "sanitizer": 90, "timings": 120, "record": 10}
+# Kernel files of the expert layer, and the tests in tests/gpu/test_gpu_moe.py that are theirs.
+MOE_TESTS = {"moe_route": "route", "moe_permute": "permute", "moe_combine": "combine"}
 Check = dict[str, Any]
 
 
@@ -164,8 +166,10 @@ def conformance(run: Run) -> str:
 
 def tests(run: Run) -> str:
     """One pytest process a kernel, side by side; each leaves a line of JSON for every test it began and ended."""
-    norm, grouped = "tests/gpu/test_gpu_norm.py", "tests/gpu/test_gpu_grouped_gemm.py"
-    jobs = [("norm", norm, "")] + [(kernel, grouped, name) for name, (kernel, _) in GROUPED_GEMM.items()]
+    grouped, layer = "tests/gpu/test_gpu_grouped_gemm.py", "tests/gpu/test_gpu_moe.py"
+    jobs = [("norm", "tests/gpu/test_gpu_norm.py", "")]
+    jobs += [(kernel, grouped, name) for name, (kernel, _) in GROUPED_GEMM.items()]
+    jobs += [(kernel, layer, select) for kernel, select in MOE_TESTS.items()]
     jobs = [job for job in jobs if run.dry or job[0] in run.facts["kernels"]]
     jobs.append(("grouped_gemm", grouped, "automatic"))
     with ThreadPoolExecutor(4) as pool:
@@ -207,7 +211,7 @@ def _one_pytest(run: Run, kernel: str, file: str, select: str) -> int:
 def sanitizer(run: Run) -> str:
     program = str(BENCH / "gpu_sanitize.py")
     if run.dry:
-        kernels = ["norm", "grouped_gemm_sm80", "grouped_gemm_sm90"]
+        kernels = [*OTHERS, "grouped_gemm_sm80", "grouped_gemm_sm90"]
         for kernel in kernels:
             status, output = run.python("sanitizer", program, "--kernel", kernel, "--stand-in", "emulator")
             run.check(kernel, "stand-in", status == 0, "" if status == 0 else output[-500:])
@@ -227,7 +231,7 @@ def timings(run: Run) -> str:
     out = run.work / "timings.json"
     words = [str(BENCH / "gpu_kernels.py"), "--seconds", str(run.left() - 10), "--out", str(out)]
     broken = {check["kernel"] for check in run.checks if check["check"] == "values" and not check["passed"]}
-    named = {"norm": "norm"} | {name: kernel for name, (kernel, _) in GROUPED_GEMM.items()}
+    named = dict(zip(OTHERS, OTHERS)) | {name: kernel for name, (kernel, _) in GROUPED_GEMM.items()}
     for name, kernel in named.items():
         if kernel in broken:  # a kernel that hangs would take the whole table along
             words += ["--without", name]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import GROUPED_GEMM
+from common import GROUPED_GEMM, OTHERS
 from gpu_device import Call, Ceilings, Clocks, Device, as_row, machine
 from gpu_problems import TINY, Problem, Sizes, problems
 from torch import Tensor
@@ -44,13 +44,17 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+def _length(value: Tensor) -> float:
+    value = value if value.is_floating_point() else value.double()
+    return torch.linalg.vector_norm(value, dtype=torch.promote_types(value.dtype, torch.float32)).item()
+
+
 def distance(got: Any, want: Any) -> float:
     """The largest ||got - want|| / ||want|| over the tensors of a result; NaN where either holds one."""
     pairs = [(got, want)] if isinstance(got, Tensor) else list(zip(got, want))
     apart = 0.0
     for g, w in pairs:
-        norm = torch.linalg.vector_norm(w, dtype=torch.float32).item()
-        difference = torch.linalg.vector_norm(g - w, dtype=torch.float32).item()
+        norm, difference = _length(w), _length(g - w)
         apart = max(apart, difference / norm) if norm == norm and difference == difference else float("nan")
         if apart != apart:
             break
@@ -130,8 +134,9 @@ def measure(
 
 
 def leave_out(problem: Problem, names: set[str]) -> None:
-    """Without these implementations of grouped_gemm, or "norm"; nor the choice among them, which may fall on one."""
-    choice = {"grouped_gemm": {"sm90a", "sm80"}, "norm": {"norm"}}.get(problem.kernel, set())
+    """Without these implementations of grouped_gemm or other kernels; nor what may choose or run one of them."""
+    products = {"sm90a", "sm80"}
+    choice = {"grouped_gemm": products}.get(problem.kernel, {problem.kernel})
     for rival in list(problem.rivals):
         if rival.partition(":")[0] in names or (rival == "ours" and choice & names):
             del problem.rivals[rival]
@@ -158,7 +163,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument(
-        "--without", action="append", default=[], help="leave this out: norm, sm90a, sm80, cutlass"
+        "--without",
+        action="append",
+        default=[],
+        help=f"leave this out: {', '.join(OTHERS)}, sm90a, sm80, cutlass",
     )
     options = parser.parse_args()
     if options.device == "cuda" and (not torch.cuda.is_available() or _native.cuda_module is None):

@@ -6,9 +6,10 @@ and freed after it. `bytes_moved` counts each input and each output once; only e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from common import grouped_gemm_forms
@@ -83,6 +84,7 @@ def problems(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
             yield name, partial(grouped, sizes, device, weights, step, tokens, routing)
         if (tokens, routing) == routed[len(sizes.tokens) - 1]:
             yield from norms(sizes, device)
+            yield from layers(sizes, device)
     yield from baselines(sizes, device)
 
 
@@ -97,15 +99,21 @@ def route(sizes: Sizes, tokens: int, routing: str, device: torch.device) -> tupl
     return rows_N.int().to(device), offsets_E.int().to(device)
 
 
+def stored(sizes: Sizes, device: torch.device, weights: dict[str, Tensor], step: str) -> Tensor:
+    """up (E, F, D) or down (E, D, F), made once: 1.3 GB."""
+    inner, outer = (sizes.width, sizes.expert_width) if step == "up" else (sizes.expert_width, sizes.width)
+    if step not in weights:
+        weights[step] = torch.randn(sizes.experts, outer, inner, device=device, dtype=BF16) * 0.02
+    return weights[step]
+
+
 def grouped(
     sizes: Sizes, device: torch.device, weights: dict[str, Tensor], step: str, tokens: int, routing: str
 ) -> Problem:
     """up: gather, product, relu2, scale. down: the product of the rows as they lie."""
     up = step == "up"
     inner, outer = (sizes.width, sizes.expert_width) if up else (sizes.expert_width, sizes.width)
-    if step not in weights:
-        weights[step] = torch.randn(sizes.experts, outer, inner, device=device, dtype=BF16) * 0.02
-    b_EKN = weights[step].transpose(1, 2)
+    b_EKN = stored(sizes, device, weights, step).transpose(1, 2)
     rows_N, offsets_E = route(sizes, tokens, routing, device)
     count = rows_N.numel()
     a = torch.randn(tokens if up else count, inner, device=device, dtype=BF16)
@@ -174,10 +182,7 @@ def norm(sizes: Sizes, device: torch.device, form: str, tokens: int, backward: b
     residual, gate = (other if form == name else None for name in ("residual", "gated"))
     group = width // 8 if form == "gated" else None
     args = (x, weight, 1e-5, residual, gate, group)
-    backends = {"native": "ours", "torch": "torch form"} if device.type == "cuda" else {"torch": "torch form"}
-    rivals: dict[str, Call] = {}
-    for backend, name in backends.items():
-        rivals[name] = partial(_both_ways if backward else hk.rms_norm, *args, backend=backend)
+    rivals = by_backend(device, partial(_both_ways if backward else hk.rms_norm, *args))
     if form == "plain" and not backward:
         rivals["F.rms_norm"] = lambda: F.rms_norm(x, (width,), weight.to(BF16), 1e-5)
     tensors = NORM_FORMS[form] + (NORM_BACKWARD[form] if backward else 0)
@@ -185,12 +190,68 @@ def norm(sizes: Sizes, device: torch.device, form: str, tokens: int, backward: b
     return Problem("norm", case, 2.0 * tensors * x.numel() + 4.0 * width, 0.0, rivals, "torch form")
 
 
+def by_backend(device: torch.device, call: Callable[..., object]) -> dict[str, Call]:
+    backends = {"native": "ours", "torch": "torch form"} if device.type == "cuda" else {"torch": "torch form"}
+    return {name: partial(call, backend=backend) for backend, name in backends.items()}
+
+
 def _both_ways(*args: Tensor | float | None, backend: str) -> list[Tensor]:
-    leaves = [a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in args]
-    wanted = [a for a in leaves if isinstance(a, Tensor)]
-    out = hk.rms_norm(*leaves, backend=backend)
+    return _gradients(hk.rms_norm, args, backend)
+
+
+def _gradients(op: Callable[..., object], args: Sequence[object], backend: str) -> list[Tensor]:
+    """Forward and backward; the upstream gradients are ones, of stride 0 until the operator makes them whole."""
+    floats = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
+    leaves = [a.detach().requires_grad_() if f else a for a, f in zip(args, floats)]
+    out: Any = op(*leaves, backend=backend)
     outputs = [out] if isinstance(out, Tensor) else list(out)
-    return list(torch.autograd.grad(outputs, wanted, [wanted[0].detach()] * len(outputs)))
+    wanted = [a for a, f in zip(leaves, floats) if f]
+    return list(torch.autograd.grad(outputs, wanted, [torch.ones_like(o) for o in outputs]))
+
+
+def layers(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
+    """The expert layer around its products."""
+    for tokens in (sizes.tokens_once, *sizes.tokens):
+        yield f"moe_route {tokens}", partial(routing, sizes, device, tokens)
+        yield f"moe_permute {tokens}", partial(permutation, sizes, device, tokens)
+        for fused in (False, True):
+            yield f"moe_combine {tokens}", partial(combination, sizes, device, tokens, fused)
+
+
+def chosen(sizes: Sizes, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    ids_TK = torch.multinomial(torch.ones(tokens, sizes.experts), sizes.top_k).to(device)
+    return ids_TK, torch.rand(tokens, sizes.top_k, device=device) + 0.1
+
+
+def routing(sizes: Sizes, device: torch.device, tokens: int) -> Problem:
+    logits = torch.randn(tokens, sizes.experts, device=device)
+    call = partial(hk.moe_route, logits, torch.zeros(sizes.experts, device=device), sizes.top_k, scale=2.5)
+    bytes_moved = 4.0 * logits.numel() + 12.0 * tokens * sizes.top_k
+    return Problem("moe_route", f"{tokens}", bytes_moved, 0.0, by_backend(device, call), "torch form")
+
+
+def permutation(sizes: Sizes, device: torch.device, tokens: int) -> Problem:
+    ids_TK, _ = chosen(sizes, tokens, device)
+    x = torch.randn(tokens, sizes.width, device=device, dtype=BF16)
+    call = partial(hk.moe_permute, x, ids_TK, sizes.experts)
+    bytes_moved = 2.0 * x.numel() * (1 + sizes.top_k) + 16.0 * ids_TK.numel()
+    return Problem("moe_permute", f"{tokens}", bytes_moved, 0.0, by_backend(device, call), "torch form")
+
+
+def combination(sizes: Sizes, device: torch.device, tokens: int, fused: bool) -> Problem:
+    """fused: with the shared expert, the residual and the next norm."""
+    ids_TK, weights_TK = chosen(sizes, tokens, device)
+    order_N = torch.argsort(ids_TK.flatten(), stable=True)
+    rows = torch.randn(order_N.numel(), sizes.width, device=device, dtype=BF16)
+    shared, residual = torch.randn(2, tokens, sizes.width, device=device, dtype=BF16)
+    norm = 1 + 0.1 * torch.randn(sizes.width, device=device)
+    call = partial(hk.moe_combine, rows, order_N, weights_TK, tokens)
+    if fused:
+        call = partial(hk.moe_combine_norm, rows, order_N, weights_TK, norm, 1e-5, shared, residual)
+    tensors = sizes.top_k + (4 if fused else 1)
+    bytes_moved = 2.0 * tensors * shared.numel() + 12.0 * order_N.numel()
+    case = f"{tokens}{' with shared, residual, norm' if fused else ''}"
+    return Problem("moe_combine", case, bytes_moved, 0.0, by_backend(device, call), "torch form")
 
 
 def baselines(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:

@@ -20,11 +20,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+from gpu_sanitize_moe import CASES, moe_cases
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +36,7 @@ FORMS = {
     "grouped_gemm_sm90": (2, [(128, 128), (128, 208), (128, 224), (128, 232), (256, 192)]),
     "cutlass/grouped_gemm": (3, [(128, 128), (128, 208), (128, 224)]),
 }
-KERNELS = ("norm", *FORMS)
+KERNELS = ("norm", *FORMS, *CASES)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERROR_EXIT = 86
 Floats = NDArray[np.float32]
@@ -304,8 +306,12 @@ def run_cases(kernel: str, stand_in: bool) -> None:
     card = Emulator() if stand_in else Card()
     if kernel not in card.kernels():
         raise FileNotFoundError(f"the module is without {kernel}, it has {', '.join(card.kernels())}")
-    cases = norm_cases if kernel == "norm" else grouped_cases(kernel)
-    for name in cases(card, np.random.default_rng(0)):
+    random = np.random.default_rng(0)
+    if kernel in CASES:
+        names = moe_cases(kernel, partial(Runner, card), random)
+    else:
+        names = (norm_cases if kernel == "norm" else grouped_cases(kernel))(card, random)
+    for name in names:
         print(f"{kernel}: {name}", flush=True)
 
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "bindings.h"
+#include "bindings_moe.h"
 #include "hebatron/ops.h"
 #ifdef HEBATRON_MODULE_CPU
 #include "cpu/dispatch.h"
@@ -180,38 +181,6 @@ static SsdUpdateArgs read(Reader& in, SsdUpdateArgs*) {
   a.dt_bias = (const float*)in.pointer("dt_bias");
   a.y = in.pointer("y");
   return a;
-}
-
-static MoeRouteArgs read_moe_route(Reader& in, bool outputs) {
-  MoeRouteArgs a{};
-  a.tokens = in.integer("tokens");
-  a.experts = in.integer("experts");
-  a.top_k = in.integer("top_k");
-  a.groups = in.integer("groups");
-  a.kept_groups = in.integer("kept_groups");
-  a.workers = in.integer("workers");
-  a.normalize = in.integer("normalize") != 0;
-  a.scale = in.real("scale");
-  a.dtype = in.dtype("dtype");
-  a.logits = in.pointer("logits");
-  a.logits_stride = in.integer("logits_stride");
-  a.bias = (const float*)in.pointer("bias");
-  if (outputs) {
-    a.weights = (float*)in.pointer("weights");
-    a.ids = (int64_t*)in.pointer("ids");
-    a.counts = (int64_t*)in.pointer("counts");
-  }
-  return a;
-}
-
-static MoeRouteArgs read(Reader& in, MoeRouteArgs*) { return read_moe_route(in, true); }
-
-static MoeRouteBwdArgs read(Reader& in, MoeRouteBwdArgs*) {
-  MoeRouteBwdArgs b{};
-  b.forward = read_moe_route(in, false);
-  b.grad_weights = (const float*)in.pointer("grad_weights");
-  b.grad_logits = in.pointer("grad_logits");
-  return b;
 }
 
 static MoeMlpArgs read_moe_mlp(Reader& in, bool outputs) {

@@ -11,6 +11,7 @@ from .loss import linear_cross_entropy
 from .moe import (
     grouped_gemm,
     moe_combine,
+    moe_combine_norm,
     moe_mlp,
     moe_mlp_packed,
     moe_permute,
@@ -39,6 +40,7 @@ __all__ = [
     "linear_packed",
     "linear_unpack",
     "moe_combine",
+    "moe_combine_norm",
     "moe_mlp",
     "moe_mlp_packed",
     "moe_pack",

@@ -32,7 +32,11 @@ __global__ void shuffles(const uint32_t* in, uint32_t* out) {
   const uint32_t elected = ballot(elect_one());  // which lane is the hardware's choice; that it is one lane is not
   out[16 * kWarp + lane] = elected != 0 && (elected & (elected - 1)) == 0;
   out[17 * kWarp + lane] = bits(warp_sum(f));
-  if (lane < 16) out[18 * kWarp + lane] = 1;
+  if (lane < 16) {
+    out[18 * kWarp + lane] = 1;
+  } else {
+    out[18 * kWarp + lane] = uint32_t(population_count(v));
+  }
   warp_sync();
 }
 inline Bytes run_shuffles() {

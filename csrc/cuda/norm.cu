@@ -8,21 +8,15 @@
 //           where every row starts on 16 bytes, single elements elsewhere.
 // Why so    the weight gradient is added over rows inside a block, written as one partial row per block and summed in
 //           a fixed order by a second kernel: no atomics, the same bits every run and on every device.
-#include <initializer_list>
-#include <utility>
-
-#include "cuda/prim.cuh"
+#include "cuda/rows.cuh"
 #include "hebatron/ops.h"
 
 namespace hebatron::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;       // 1,024 leave 64 registers a thread: the backward spills
+constexpr const char* kOp = "rms_norm[cuda]";
 constexpr int64_t kMaxPartials = 512;  // rows of the weight gradient's workspace: 512 x 2,688 floats = 5.5 MB
 constexpr int64_t kBlockRows = 16;
-
-template <int kCount>
-constexpr int kPacks = kCount == 1 ? 16 : 4;  // what a thread keeps of a row
 
 int64_t partials(int64_t rows) {
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
@@ -30,13 +24,6 @@ int64_t partials(int64_t rows) {
 }
 
 HEBATRON_DEVICE float sigmoid(float v) { return 1.0f / (1.0f + exp_approx(-v)); }
-
-template <class T>
-HEBATRON_DEVICE float rounded(float v) {
-  T stored;
-  narrow(v, stored);
-  return widen(stored);
-}
 
 // One thread's packs of one group of one row: the gated sum in `value`, and what the gradient needs.
 template <class T, int kCount>
@@ -75,7 +62,7 @@ struct Slice {
 };
 
 template <class T, class W, int kCount>
-__global__ void __launch_bounds__(kMaxThreads, 1) forward(const RmsNormArgs a) {
+__global__ void __launch_bounds__(kMaxRowThreads, 1) forward(const RmsNormArgs a) {
   HEBATRON_SHARED(float, slots, kWarp);
   const int64_t begin = int64_t(blockIdx.y) * a.group;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
@@ -98,7 +85,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward(const RmsNormArgs a) {
 // du = rms^-1 * (d - n * mean(d * n)) with n the normalised value and d = grad_y * weight. The gate and the sum are
 // read again for the last step: keeping them beside the value and the weight gradient spills.
 template <class T, class W, int kCount>
-__global__ void __launch_bounds__(kMaxThreads, 1) backward(const RmsNormBwdArgs b, float* partial) {
+__global__ void __launch_bounds__(kMaxRowThreads, 1) backward(const RmsNormBwdArgs b, float* partial) {
   HEBATRON_SHARED(float, slots, kWarp);
   const RmsNormArgs& a = b.forward;
   const int64_t begin = int64_t(blockIdx.y) * a.group;
@@ -168,40 +155,25 @@ __global__ void sum_partials(const float* partial, int64_t count, int64_t width,
   grad_weight[column] = total;
 }
 
-// Whether every row of every tensor starts on a whole pack, so that packs may be used.
-bool packed(const RmsNormArgs& a, int count, uintptr_t addresses) {
-  for (const void* p : {a.x, a.residual, a.gate, a.weight, static_cast<const void*>(a.y), static_cast<const void*>(a.sum)})
-    addresses |= reinterpret_cast<uintptr_t>(p);
-  const int64_t strides = a.x_stride | a.residual_stride | a.gate_stride | a.group;
-  return addresses % 16 == 0 && strides % count == 0;
-}
-
 template <int kCount>
 int threads_for(const RmsNormArgs& a) {
-  const int64_t packs = (a.group + kCount - 1) / kCount;
-  check(packs <= int64_t(kMaxThreads) * kPacks<kCount>, "rms_norm[cuda]", "group must fit one block", a.group);
-  const int64_t wanted = ((packs + kPacks<kCount> - 1) / kPacks<kCount> + kWarp - 1) / kWarp * kWarp;
-  return int(wanted < kWarp ? kWarp : wanted);
+  return threads_for_row<kCount>(kOp, "group must fit one block", a.group);
 }
 
 void check_args(const RmsNormArgs& a) {
-  check(a.rows >= 0, "rms_norm[cuda]", "rows must be >= 0", a.rows);
-  check(a.group > 0 && a.width % a.group == 0, "rms_norm[cuda]", "group must divide the width", a.group);
-  check(a.width / a.group <= 65535, "rms_norm[cuda]", "groups must be at most 65,535", a.width / a.group);
+  check(a.rows >= 0, kOp, "rows must be >= 0", a.rows);
+  check(a.group > 0 && a.width % a.group == 0, kOp, "group must divide the width", a.group);
+  check(a.width / a.group <= 65535, kOp, "groups must be at most 65,535", a.width / a.group);
 }
 
-void check_pointers(std::initializer_list<std::pair<const char*, const void*>> pointers, const Exec& exec) {
-  for (const auto& [name, p] : pointers)
-    if (p) check_pointer("rms_norm[cuda]", name, p, exec);
-}
 void check_inputs(const RmsNormArgs& a, const Exec& exec) {
-  check(a.x && a.weight, "rms_norm[cuda]", "x and weight must be given", 0);
-  check_pointers({{"x", a.x}, {"residual", a.residual}, {"gate", a.gate}, {"weight", a.weight}}, exec);
+  check(a.x && a.weight, kOp, "x and weight must be given", 0);
+  check_pointers(kOp, {{"x", a.x}, {"residual", a.residual}, {"gate", a.gate}, {"weight", a.weight}}, exec);
 }
 
 template <class T, class W, int kCount>
 void run_forward(const RmsNormArgs& a, const Exec& exec) {
-  const int64_t rows = a.rows < 65536 * 16 ? a.rows : 65536 * 16;
+  const int64_t rows = a.rows < kMaxRowBlocks ? a.rows : kMaxRowBlocks;
   const LaunchShape shape{dim3(unsigned(rows), unsigned(a.width / a.group)), dim3(threads_for<kCount>(a))};
   launch("rms_norm", forward<T, W, kCount>, shape, exec, a);
 }
@@ -217,27 +189,12 @@ void run_backward(const RmsNormBwdArgs& b, const Exec& exec) {
   launch("rms_norm", sum_partials, columns, exec, partial, count, a.width, b.grad_weight);
 }
 
-// The further addresses a backward uses.
-uintptr_t other_addresses(const RmsNormArgs&) { return 0; }
-uintptr_t other_addresses(const RmsNormBwdArgs& b) {
-  uintptr_t addresses = 0;
-  for (const void* p : {b.grad_y, b.grad_sum, static_cast<const void*>(b.grad_input), static_cast<const void*>(b.grad_gate)})
-    addresses |= reinterpret_cast<uintptr_t>(p);
-  return addresses;
+// Whether every row of every tensor starts on a whole pack, so that packs may be used; `others`: the backward's addresses.
+auto packs_of(const RmsNormArgs& a, uintptr_t others = 0) {
+  const uintptr_t addresses = others | addresses_of({a.x, a.residual, a.gate, a.weight, a.y, a.sum});
+  const int64_t strides = a.x_stride | a.residual_stride | a.gate_stride | a.group;
+  return [=](int count) { return addresses % 16 == 0 && strides % count == 0; };
 }
-
-// run<T, W, elements per pack>(args, exec) for the dtypes and the alignment at hand. `a` are the forward's arguments.
-#define HEBATRON_BY_WEIGHT(run, T, count, a, args, exec)                                                    \
-  const bool pack = packed(a, count, other_addresses(args));                                                \
-  if ((a).weight_dtype == DType::f32)                                                                       \
-    return pack ? run<T, float, count>(args, exec) : run<T, float, 1>(args, exec);                          \
-  return pack ? run<T, __nv_bfloat16, count>(args, exec) : run<T, __nv_bfloat16, 1>(args, exec);
-
-#define HEBATRON_BY_DTYPE(run, a, args, exec)                \
-  if ((a).dtype == DType::f32) {                             \
-    HEBATRON_BY_WEIGHT(run, float, 4, a, args, exec)         \
-  }                                                          \
-  HEBATRON_BY_WEIGHT(run, __nv_bfloat16, 8, a, args, exec)
 
 }  // namespace
 
@@ -248,8 +205,9 @@ void rms_norm_fwd(const RmsNormArgs& a, const Exec& exec) {
   if (a.rows == 0) return;
   DeviceGuard guard(exec);
   check_inputs(a, exec);
-  check_pointers({{"y", a.y}, {"sum", a.sum}}, exec);
-  HEBATRON_BY_DTYPE(run_forward, a, a, exec)
+  check_pointers(kOp, {{"y", a.y}, {"sum", a.sum}}, exec);
+  const auto packs = packs_of(a);
+  HEBATRON_BY_DTYPES(run_forward, packs, a.dtype, a.weight_dtype, a, exec)
 }
 
 int64_t rms_norm_bwd_workspace(const RmsNormBwdArgs& b) {
@@ -259,20 +217,21 @@ int64_t rms_norm_bwd_workspace(const RmsNormBwdArgs& b) {
 void rms_norm_bwd(const RmsNormBwdArgs& b, const Exec& exec) {
   const RmsNormArgs& a = b.forward;
   check_args(a);
-  check(exec.bytes_workspace >= rms_norm_bwd_workspace(b), "rms_norm[cuda]", "workspace is too small",
+  check(exec.bytes_workspace >= rms_norm_bwd_workspace(b), kOp, "workspace is too small",
         exec.bytes_workspace);
-  check(reinterpret_cast<uintptr_t>(exec.workspace) % 16 == 0, "rms_norm[cuda]", "workspace must start on 16 bytes",
+  check(reinterpret_cast<uintptr_t>(exec.workspace) % 16 == 0, kOp, "workspace must start on 16 bytes",
         int64_t(reinterpret_cast<uintptr_t>(exec.workspace)));
   DeviceGuard guard(exec);
-  check_pointers({{"grad_weight", b.grad_weight}}, exec);
+  check_pointers(kOp, {{"grad_weight", b.grad_weight}}, exec);
   if (a.rows == 0) {
     fill_zero("rms_norm", b.grad_weight, size_t(a.width) * sizeof(float), exec);
     return;
   }
   check_inputs(a, exec);
-  check_pointers({{"grad_y", b.grad_y}, {"grad_sum", b.grad_sum}, {"grad_input", b.grad_input}, {"grad_gate", b.grad_gate},
+  check_pointers(kOp, {{"grad_y", b.grad_y}, {"grad_sum", b.grad_sum}, {"grad_input", b.grad_input}, {"grad_gate", b.grad_gate},
                   {"workspace", exec.workspace}}, exec);
-  HEBATRON_BY_DTYPE(run_backward, a, b, exec)
+  const auto packs = packs_of(a, addresses_of({b.grad_y, b.grad_sum, b.grad_input, b.grad_gate}));
+  HEBATRON_BY_DTYPES(run_backward, packs, a.dtype, a.weight_dtype, b, exec)
 }
 
 }  // namespace hebatron::cuda

@@ -105,7 +105,13 @@ HEBATRON_DEVICE void store(T* p, const float (&in)[kCount]) {
   Pack<T, kCount> pack;
 #pragma unroll
   for (int i = 0; i < kCount; i++) narrow(in[i], pack.value[i]);
-  *reinterpret_cast<Pack<T, kCount>*>(p) = pack;
+  if constexpr (sizeof pack == 16) {  // as words: nvcc 13 takes a struct of bf16 apart into stores of 4 and 8 bytes
+    uint4 words;
+    memcpy(&words, &pack, sizeof words);
+    *reinterpret_cast<uint4*>(p) = words;
+  } else {
+    *reinterpret_cast<Pack<T, kCount>*>(p) = pack;
+  }
 }
 
 }  // namespace hebatron::cuda

@@ -265,6 +265,48 @@ struct MoeRouteBwdArgs {
   void* grad_logits;          // tokens, experts
 };
 
+// The slots t * K + k sorted by their experts, then by slot: slot order[n] takes row n. An id outside [0, experts) sorts behind
+// every expert, past the last end.
+struct MoePermuteArgs {
+  int64_t tokens, top_k, experts, width;
+  DType dtype;         // of x and rows
+  const void* x;       // or null: no rows
+  int64_t x_stride;
+  const int64_t* ids;  // tokens, top_k
+  void* rows;          // tokens * top_k, width: x[order[n] / K]
+  int64_t* order;      // tokens * top_k
+  int32_t* position;   // tokens, top_k: the row of each slot
+  int32_t* offsets;    // experts: cumulative ends
+};
+
+// y[t] = sum_k weights[t, k] rows[n] + shared[t] + residual[t] for the rows n of token t, summed in fp32 in the order of k and
+// rounded once; normalized = rms_norm(y) * norm over the whole row, where norm is given.
+struct MoeCombineArgs {
+  int64_t tokens, top_k, width;
+  double eps;
+  DType dtype, norm_dtype;  // of rows, shared, residual, y and normalized; of norm
+  const void* rows;         // tokens * top_k, width
+  int64_t rows_stride;
+  const int64_t* order;     // slot of each row; or null, and then
+  const int32_t* position;  // row of each slot
+  const float* weights;     // tokens, top_k, rounded to dtype as they are read; or null, which is 1
+  const void* shared;       // or null
+  int64_t shared_stride;
+  const void* residual;  // or null
+  int64_t residual_stride;
+  const void* norm;  // width, or null
+  void* y;           // tokens, width
+  void* normalized;  // tokens, width; null when norm is null
+};
+
+// Gradients of y alone: to rows and weights. Those to shared and residual are grad_y itself.
+struct MoeCombineBwdArgs {
+  MoeCombineArgs forward;  // weights given; shared, residual, norm, y and normalized unused
+  const void* grad_y;      // tokens, width, contiguous
+  void* grad_rows;         // tokens * top_k, width
+  float* grad_weights;     // tokens, top_k
+};
+
 // y[t] = sum_k weights[t, k] down[e] relu(up[e] x[t])^2 with e = ids[t, k]. Rows sorted by expert, then by slot t * K + k.
 struct MoeMlpArgs {
   int64_t tokens, top_k, experts, width, expert_width;
@@ -373,10 +415,15 @@ struct AttentionStepArgs {
   X(attention_step, AttentionStepArgs)       \
   X(linear_cross_entropy_fwd, LossArgs)      \
   X(linear_cross_entropy_bwd, LossBwdArgs)
-#define HEBATRON_CUDA_OPS(X)     \
-  X(rms_norm_fwd, RmsNormArgs)    \
-  X(rms_norm_bwd, RmsNormBwdArgs) \
-  X(grouped_gemm_fwd, GroupedGemmArgs)
+#define HEBATRON_CUDA_OPS(X)            \
+  X(rms_norm_fwd, RmsNormArgs)          \
+  X(rms_norm_bwd, RmsNormBwdArgs)       \
+  X(grouped_gemm_fwd, GroupedGemmArgs)  \
+  X(moe_route_fwd, MoeRouteArgs)        \
+  X(moe_route_bwd, MoeRouteBwdArgs)     \
+  X(moe_permute_fwd, MoePermuteArgs)    \
+  X(moe_combine_fwd, MoeCombineArgs)    \
+  X(moe_combine_bwd, MoeCombineBwdArgs)
 
 #define HEBATRON_DECLARE(name, Args)             \
   void name(const Args& args, const Exec& exec); \

@@ -13,10 +13,12 @@ from .. import _check as check
 from .._dispatch import Operator
 from . import checks, native, reference, torch_ops
 from .packed import moe_mlp_packed
+from .rows import moe_combine, moe_combine_norm, moe_permute
 
 __all__ = [
     "grouped_gemm",
     "moe_combine",
+    "moe_combine_norm",
     "moe_mlp",
     "moe_mlp_packed",
     "moe_permute",
@@ -46,21 +48,13 @@ def _fake_route(logits: Tensor, bias: Tensor, top_k: int, *_: object) -> tuple[T
     )
 
 
-def _fake_permute(x: Tensor, ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = ids.shape[0] * ids.shape[1]
-    order = ids.new_empty(rows, dtype=torch.int64)
-    return x.new_empty(rows, x.shape[1]), order, ids.new_empty(num_experts, dtype=torch.int32)
-
-
 _moe_route = _operator(
     "moe_route",
     "Tensor logits, Tensor bias, int top_k, int n_group, int topk_group, bool normalize, float scale",
     "(Tensor, Tensor, Tensor)",
     _fake_route,
     native=native,
-)
-_moe_permute = _operator(
-    "moe_permute", "Tensor x, Tensor ids, int num_experts", "(Tensor, Tensor, Tensor)", _fake_permute
+    emulator=native,
 )
 _grouped_gemm = _operator(
     "grouped_gemm",
@@ -69,12 +63,6 @@ _grouped_gemm = _operator(
     lambda a, b, offsets, rows, *_: a.new_empty((a if rows is None else rows).shape[0], b.shape[2]),
     native=native,
     emulator=native,
-)
-_moe_combine = _operator(
-    "moe_combine",
-    "Tensor rows, Tensor order, Tensor weights, int num_tokens",
-    "Tensor",
-    lambda rows, order, weights, num_tokens: rows.new_empty(num_tokens, rows.shape[1]),
 )
 _moe_mlp = _operator(
     "moe_mlp",
@@ -107,7 +95,7 @@ def moe_route(
         topk_group: groups kept per token, those with the largest sum of their two best s + bias.
         normalize: divide by the sum of the chosen scores.
         scale: factor on the weights (routed_scaling_factor), > 0 and finite.
-        backend: "native", "torch" or "reference"; None chooses.
+        backend: "native", "torch", "reference" or "emulator"; None chooses.
 
     Returns:
         weights_TK: (T, K) fp32 (fp64 for fp64 logits).
@@ -123,7 +111,9 @@ def moe_route(
         From weights to logits. The choice has none, so neither has the bias.
 
     Backends:
-        native: C++ on the CPU, fp32 and bf16 logits, one pass. torch: every dtype and device, no host synchronisation.
+        native: fp32 and bf16 logits, in C++ on the CPU and in CUDA, which takes at most 512 experts and 32 choices.
+        Both choose the same experts. emulator: the CUDA kernel on CPU tensors, for tests. torch: every dtype and
+        device, no host synchronisation.
 
     Source:
         DeepSeek-V3, arXiv 2412.19437, eq. 12 to 16; the model's n_group, topk_group, norm_topk_prob,
@@ -146,44 +136,6 @@ def moe_route(
         check.refuse(op, "top_k", f"be between 1 and the {kept} experts of the groups kept", top_k)
     bias_E = bias_E.detach()  # decides the choice, which has no gradient
     return _moe_route(logits_TE, bias_E, top_k, n_group, topk_group, normalize, scale, backend=backend)
-
-
-def moe_permute(
-    x_TD: Tensor, ids_TK: Tensor, num_experts: int, *, backend: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """rows[n] = x[order[n] // K]: one row per chosen expert, sorted by expert, then by token.
-
-    Args:
-        x_TD: (T tokens, D width), any floating dtype.
-        ids_TK: (T, K) int64 or int32, experts in 0..E-1 (checked on the CPU only).
-        num_experts: E.
-        backend: "torch" or "reference"; None chooses.
-
-    Returns:
-        rows_ND: (N = T*K, D), dtype of x.
-        order_N: (N,) int64; row n belongs to slot order[n] = t*K + k.
-        offsets_E: (E,) int32, the cumulative ends: expert e owns rows offsets[e-1] (0 for e = 0) to offsets[e].
-
-    Raises:
-        ValueError: an argument has the wrong shape, dtype, device or range.
-        BackendError: the named backend cannot serve these arguments.
-
-    Gradients:
-        To x, summed over its K rows in fp32 and rounded once.
-
-    Backends:
-        torch: every dtype and device, no host synchronisation, deterministic.
-
-    Source:
-        MegaBlocks, arXiv 2211.15841, section 4.
-    """
-    op = "moe_permute"
-    check.tensor(op, "x_TD", x_TD, None, None)
-    check.positive(op, num_experts=num_experts)
-    check.integer(op, num_experts=num_experts)
-    checks.ids(op, ids_TK, x_TD.shape[0], num_experts)
-    check.same_device(op, x_TD, ids_TK=ids_TK)
-    return _moe_permute(x_TD, ids_TK, num_experts, backend=backend)
 
 
 def grouped_gemm(
@@ -258,50 +210,6 @@ def grouped_gemm(
         if ends != sorted(ends):
             check.refuse(op, "offsets_E", f"rise from 0 to at most {rows} (the number of rows)", ends[1:-1])
     return _grouped_gemm(a_ND, b_EKN, offsets_E, rows_N, scale_N, activation, implementation, backend=backend)
-
-
-def moe_combine(
-    rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor, num_tokens: int, *, backend: str | None = None
-) -> Tensor:
-    """y[t] = sum over k of weights[t, k] * rows[n], where order[n] = t*K + k.
-
-    Args:
-        rows_ND: (N = T*K, D width), any floating dtype.
-        order_N: (N,) int64, a permutation of the slots, as moe_permute gives it (checked on the CPU only).
-        weights_TK: (T, K), any floating dtype; rounded to the dtype of the rows.
-        num_tokens: T.
-        backend: "torch" or "reference"; None chooses.
-
-    Returns:
-        y_TD: (T, D) in the dtype of the rows, summed in fp32 (fp64 for fp64) and rounded once.
-
-    Raises:
-        ValueError: an argument has the wrong shape, dtype or device.
-        BackendError: the named backend cannot serve these arguments.
-
-    Gradients:
-        To rows and weights.
-
-    Backends:
-        torch: every dtype and device, no host synchronisation, deterministic.
-
-    Source:
-        DeepSeek-V3, arXiv 2412.19437, eq. 12.
-    """
-    op = "moe_combine"
-    check.integer(op, num_tokens=num_tokens)
-    if num_tokens < 0:
-        check.refuse(op, "num_tokens", "be >= 0", num_tokens)
-    check.tensor(op, "weights_TK", weights_TK, num_tokens, None)
-    if weights_TK.shape[1] == 0:
-        check.refuse(op, "weights_TK", "have at least one expert per token", check.describe(weights_TK))
-    slots = weights_TK.numel()
-    check.tensor(op, "rows_ND", rows_ND, slots, None)
-    check.tensor(op, "order_N", order_N, slots, dtypes=(torch.int64,))
-    check.same_device(op, rows_ND, order_N=order_N, weights_TK=weights_TK)
-    if checks.host_readable(order_N) and not torch.equal(order_N.sort().values, torch.arange(slots)):
-        check.refuse(op, "order_N", f"be a permutation of the {slots} slots", order_N.tolist()[:12])
-    return _moe_combine(rows_ND, order_N, weights_TK, num_tokens, backend=backend)
 
 
 def moe_mlp(

@@ -1,5 +1,6 @@
-"""The expert layer in C++ (csrc/cpu/moe.cpp, moe_route.cpp: forward and backward, fp32 and bf16) and the forward of
-grouped_gemm in C++ (csrc/cpu/gemm.cpp, fp32 and bf16) and CUDA (csrc/cuda/grouped_gemm.cu, bf16).
+"""The expert layer in C++ (csrc/cpu/moe.cpp, moe_route.cpp: forward and backward, fp32 and bf16; routing also in CUDA,
+csrc/cuda/moe_route.cu) and the forward of grouped_gemm in C++ (csrc/cpu/gemm.cpp) and CUDA
+(csrc/cuda/grouped_gemm.cu, bf16).
 
 moe_mlp: T tokens, K experts chosen by each, E experts, D width, F expert width. grouped_gemm: N rows, R rows of a, E
 experts, K summed over, M outputs.
@@ -19,6 +20,7 @@ from .. import _native
 # enum class GroupedGemm of csrc/hebatron/ops.h
 IMPLEMENTATIONS = {"sm80": 1, "sm90a": 2, "cutlass": 3}
 PER_16_BYTES = 8
+MOST_EXPERTS, MOST_CHOICES = 512, 32  # of the CUDA kernels
 
 
 def parse_implementation(value: str | None) -> tuple[str | None, int, int]:
@@ -60,12 +62,9 @@ def supports_grouped_gemm(
     for name, width in (("inner width", b_EKM.shape[1]), ("number of outputs", b_EKM.shape[2])):
         if width % PER_16_BYTES:
             return f"needs the {name} to be a multiple of {PER_16_BYTES}, got {width}"
-    for name, tensor in (("a_ND", a_RK), ("b_EKN", stored)):
-        steps = [step for step, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1]
-        # while compiling a tensor has no address yet: the kernel checks it again
-        start = 0 if torch.compiler.is_compiling() else tensor.data_ptr() // tensor.element_size()
-        if any(step % PER_16_BYTES for step in [*steps, start]):
-            return f"needs the rows of {name} to start on 16 bytes, got strides {tuple(tensor.stride())}"
+    reason = _unaligned(a_ND=a_RK, b_EKN=stored)
+    if reason is not None:
+        return reason
     if stored.stride(1) < stored.shape[2] or stored.stride(0) < 0:
         return f"needs b_EKN without overlap, got strides {tuple(b_EKM.stride())}"
     if implementation is not None and implementation.startswith("cutlass") and not a_RK.is_cuda:
@@ -75,6 +74,17 @@ def supports_grouped_gemm(
         return f"{name} needs b_EKN as the transposed view of weights stored (E, M, K)"
     if implementation is not None and implementation.startswith("cutlass") and rows_N is not None:
         return "cutlass gathers no rows: needs them in place (moe_permute first) and rows_N=None"
+    return None
+
+
+def _unaligned(**tensors: Tensor) -> str | None:
+    """Which of these has rows that do not start on 16 bytes, or None."""
+    for name, tensor in tensors.items():
+        steps = [step for step, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1]
+        # while compiling a tensor has no address yet: the kernel checks it again
+        start = 0 if torch.compiler.is_compiling() else tensor.data_ptr() // tensor.element_size()
+        if any(step % PER_16_BYTES for step in [*steps, start]):
+            return f"needs the rows of {name} to start on 16 bytes, got strides {tuple(tensor.stride())}"
     return None
 
 
@@ -144,10 +154,16 @@ def grouped_gemm(
     return out_NM
 
 
-def supports_moe_route(logits_TE: Tensor, bias_E: Tensor, *others: object) -> str | None:
-    if _native.on_cuda(logits_TE):
-        return "no CUDA kernel is written for this operator"
-    return _native.refusal(logits_TE)
+def supports_moe_route(logits_TE: Tensor, bias_E: Tensor, top_k: int, *others: object) -> str | None:
+    experts = logits_TE.shape[1]
+    if _native.on_cuda(logits_TE) and (experts > MOST_EXPERTS or top_k > MOST_CHOICES):
+        most = f"{MOST_EXPERTS} experts and {MOST_CHOICES} choices"
+        return f"the CUDA kernel takes at most {most}, got {experts} and {top_k}"
+    return _native.refusal(logits_TE, cuda=True)
+
+
+def kernels_moe_route(*args: object) -> list[str]:
+    return ["moe_route"]
 
 
 def moe_route(
@@ -159,24 +175,24 @@ def moe_route(
     normalize: bool = True,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tokens, experts = logits_TE.shape
-    weights_TK = torch.empty(tokens, top_k, dtype=torch.float32)
-    ids_TK = torch.empty(tokens, top_k, dtype=torch.int64)
-    counts_E = torch.empty(experts, dtype=torch.int64)
+    (tokens, experts), device = logits_TE.shape, logits_TE.device
+    weights_TK = torch.empty(tokens, top_k, dtype=torch.float32, device=device)
+    ids_TK = torch.empty(tokens, top_k, dtype=torch.int64, device=device)
+    counts_E = torch.empty(experts, dtype=torch.int64, device=device)
     numbers = _route_numbers(logits_TE, bias_E, top_k, n_group, topk_group, normalize, scale)
     _native.call("moe_route_fwd", **numbers, weights=weights_TK, ids=ids_TK, counts=counts_E)
     return weights_TK, ids_TK, counts_E
 
 
 def moe_route_bwd(grads: list[Tensor], logits_TE: Tensor, bias_E: Tensor, *others: Any) -> list[Tensor]:
-    grad_logits_TE = torch.empty(logits_TE.shape, dtype=logits_TE.dtype)
+    grad_logits_TE = torch.empty_like(logits_TE, memory_format=torch.contiguous_format)
     _native.call(
         "moe_route_bwd",
         **_route_numbers(logits_TE, bias_E, *others),
         grad_weights=grads[0],
         grad_logits=grad_logits_TE,
     )
-    return [grad_logits_TE, torch.zeros(bias_E.shape, dtype=bias_E.dtype)]
+    return [grad_logits_TE, torch.zeros_like(bias_E, memory_format=torch.contiguous_format)]
 
 
 def _route_numbers(

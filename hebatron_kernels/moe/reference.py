@@ -112,6 +112,26 @@ def moe_combine(rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor, num_tokens
     return torch.stack(sums).to(rows_ND.dtype) if sums else rows_ND[:0].clone()
 
 
+def moe_combine_norm(
+    rows_ND: Tensor,
+    order_N: Tensor,
+    weights_TK: Tensor,
+    norm_D: Tensor,
+    eps: float = 1e-5,
+    shared_TD: Tensor | None = None,
+    residual_TD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    exact_ND = rows_ND.double()
+    sum_TD = moe_combine(exact_ND, order_N, weights_TK, weights_TK.shape[0])
+    for added_TD in (shared_TD, residual_TD):
+        if added_TD is not None:
+            sum_TD = sum_TD + added_TD.double()
+    sum_TD = sum_TD.to(rows_ND.dtype)
+    mean_square_T1 = (sum_TD.double() ** 2).mean(1, keepdim=True)
+    y_TD = sum_TD.double() / torch.sqrt(mean_square_T1 + eps) * norm_D.double()
+    return y_TD.to(rows_ND.dtype), sum_TD
+
+
 def moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
     up_EFD, down_EDF = up_EFD.to(x_TD.dtype), down_EDF.to(x_TD.dtype)  # fp32 weights are rounded at their use
     outputs = []

@@ -96,6 +96,23 @@ def moe_combine(rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor, num_tokens
     return _Combine.apply(rows_ND, order_N, weights_TK)
 
 
+def moe_combine_norm(
+    rows_ND: Tensor,
+    order_N: Tensor,
+    weights_TK: Tensor,
+    norm_D: Tensor,
+    eps: float = 1e-5,
+    shared_TD: Tensor | None = None,
+    residual_TD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    compute = torch.promote_types(rows_ND.dtype, torch.float32)
+    sum_TD = moe_combine(rows_ND, order_N, weights_TK, weights_TK.shape[0])
+    for added_TD in (shared_TD, residual_TD):
+        sum_TD = sum_TD if added_TD is None else sum_TD + added_TD
+    normed_TD = F.rms_norm(sum_TD.to(compute), sum_TD.shape[1:], eps=eps)
+    return (normed_TD * norm_D.to(compute)).to(rows_ND.dtype), sum_TD
+
+
 def moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
     return _MoeMlp.apply(x_TD, ids_TK, weights_TK, up_EFD.to(x_TD.dtype), down_EDF.to(x_TD.dtype))
 

@@ -89,6 +89,7 @@ HEBATRON_DEVICE T shfl_down(T v, int delta) {
   return shfl(v, lane_id() + delta < 32 ? lane_id() + delta : lane_id());
 }
 HEBATRON_DEVICE uint32_t ballot(bool p) { return emulator::ballot(p); }
+HEBATRON_DEVICE int population_count(uint32_t bits) { return __builtin_popcount(bits); }
 HEBATRON_DEVICE bool any(bool p) { return emulator::ballot(p) != 0; }
 HEBATRON_DEVICE bool all(bool p) { return emulator::ballot(p) == 0xffffffffu; }
 HEBATRON_DEVICE void warp_sync() { emulator::warp_sync(); }

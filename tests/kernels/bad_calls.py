@@ -70,6 +70,10 @@ RIGHT = {
     ),
     "moe_permute": lambda: dict(x_TD=ONES(3, 4), ids_TK=chosen()["ids_TK"], num_experts=5),
     "moe_combine": lambda: dict(rows_ND=ONES(6, 4), order_N=torch.arange(6), weights_TK=ONES(3, 2), num_tokens=3),
+    "moe_combine_norm": lambda: dict(
+        rows_ND=ONES(6, 4), order_N=torch.arange(6), weights_TK=ONES(3, 2), norm_D=ONES(4), eps=1e-5,
+        shared_TD=ONES(3, 4), residual_TD=ONES(3, 4),
+    ),
     "grouped_gemm": lambda: dict(
         a_ND=ONES(6, 4), b_EKN=ONES(2, 4, 3), offsets_E=ints(2, 6), rows_N=ints(*range(6)), scale_N=ONES(6),
         activation=None,
@@ -253,6 +257,11 @@ RULES = {
         (dict(num_tokens=-1), "num_tokens must be >= 0, got -1"),
         *((dict(order_N=torch.tensor(v)), r"order_N must be a permutation of the 6 slots, got \[")
           for v in ([0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 5, 6], [-1, 0, 1, 2, 3, 4])),
+    ],
+    "moe_combine_norm": [
+        (dict(weights_TK=ONES(3, 0)), r"weights_TK must have at least one expert per token, got float32\[3, 0\]"),
+        (dict(order_N=torch.tensor([0, 1, 2, 3, 4, 4])), r"order_N must be a permutation of the 6 slots, got \["),
+        *number("eps", 0.0, -1.0, NAN, odd=[INF]),
     ],
     "grouped_gemm": [
         (dict(b_EKN=ONES(2, 4, 0)), r"b_EKN must have widths > 0, got float32\[2, 4, 0\] on cpu"),

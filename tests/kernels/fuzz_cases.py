@@ -181,6 +181,14 @@ def moe_combine(draw):
     return [rows, draw.laid_out(torch.randperm(tokens * top_k)), weights, tokens]
 
 
+def moe_combine_norm(draw):
+    rows, order, weights, tokens = moe_combine(draw)
+    width = rows.shape[1]
+    norm = draw.noise(width, dtype=draw.parameter(rows.dtype))
+    added = [draw.maybe(lambda: draw.noise(tokens, width, dtype=rows.dtype)) for _ in range(2)]
+    return [rows, order, weights, norm, draw.choice([1e-5, 1e-2]), *added]
+
+
 def grouped_gemm(draw):
     dtype, experts = draw.dtype(FP16, FP64), draw.size()
     counts = [draw.choice([0, 1, draw.size(40)]) for _ in range(experts)]
@@ -323,10 +331,11 @@ GENERATORS = {
     f.__name__: f
     for f in (
         rms_norm, causal_conv1d, causal_conv1d_update, ssd_scan, ssd_update, moe_route, moe_permute, moe_combine,
-        grouped_gemm, moe_mlp, moe_mlp_packed, linear, linear_packed, attention_prefill,
+        moe_combine_norm, grouped_gemm, moe_mlp, moe_mlp_packed, linear, linear_packed, attention_prefill,
         attention_decode, linear_cross_entropy,
     )
 }  # fmt: skip
+ON_CUDA_ONLY = ("moe_permute", "moe_combine", "moe_combine_norm")  # no native form on the CPU
 # Rounding steps of the largest value, for problems of few elements (testing.check_oracle). In fp32 a sum that cancels
 # needs more of them, and so does the torch form, which has no baseline beside it in the bound; still 2e-6 in fp32.
 FLOOR_BF16, FLOOR = 4.0, 16.0

@@ -76,3 +76,30 @@ def with_form(args, form, dtype=torch.float64):
         rows = torch.randint(0, a.shape[0], (count,), dtype=torch.int32)
     scale = torch.rand(count, dtype=dtype) - 0.3 if scaled else None
     return [a, stored.transpose(1, 2), ends, rows, scale, activation]
+
+
+# tokens, experts, top_k, n_group, topk_group: the small training shape, the model's, one token, one expert, every
+# expert chosen, no tokens, and groups: two kept of four, one kept of two, all kept, the smallest possible
+ROUTES = [
+    (33, 16, 2, 1, 1),
+    (21, 128, 6, 1, 1),
+    (1, 5, 3, 1, 1),
+    (7, 1, 1, 1, 1),
+    (9, 7, 7, 1, 1),
+    (0, 8, 2, 1, 1),
+    (25, 24, 5, 4, 2),
+    (11, 10, 3, 2, 1),
+    (13, 12, 4, 3, 3),
+    (5, 4, 2, 2, 1),
+]
+
+# tokens, experts, top_k, width: odd sizes, the vector's edges, one token, one expert, all chosen, no tokens
+ROWS = [
+    (9, 5, 2, 7),
+    (33, 16, 2, 48),
+    (1, 3, 1, 16),
+    (6, 1, 1, 5),
+    (4, 4, 4, 8),
+    (0, 3, 2, 8),
+    (40, 128, 6, 32),
+]

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from emulated import same_bits
 from moe_cases import FORMS, groups, with_form
 
 import hebatron_kernels as hk
@@ -24,37 +25,13 @@ SHAPES = [
     (3, 2688, 2688),
 ]
 RESIDUAL_AND_GATE = [(False, False), (True, False), (False, True), (True, True)]
-ORDERS = [dict(mode="eager"), *(dict(mode="random", seed=seed) for seed in (1, 2, 3))]
 TILES = [
     *(f"sm80:{tile}" for tile in ("16x64", "64x128", "128x128")),
     *(f"sm90a:{tile}" for tile in ("128x128", "128x208", "128x224", "128x232", "256x192")),
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _emulator():
-    lacks = testing.emulator_lacks()
-    if lacks is not None:
-        pytest.skip(f"the emulator needs {lacks}")
-    testing.load_emulator()
-    yield
-    _native.emulator_module = None
-
-
-@pytest.fixture
-def checked():
-    with testing.emulate(checked=True):
-        yield
-
-
-def same_bits(op, args, grad=True):
-    """The results of the lazy order, which every other order must give to the bit."""
-    want = testing.run(op, args, grad, backend="emulator")
-    for order in ORDERS:
-        with testing.emulate(**order):
-            got = testing.run(op, args, grad, backend="emulator")
-        for name in want:
-            assert torch.equal(got[name], want[name]), f"{name} differs in {order}"
+pytestmark = pytest.mark.usefixtures("emulator")
 
 
 # ---- rms_norm ----

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from moe_cases import BACKENDS, DTYPES, assert_same, check_against, mlp, routing, slots
+from moe_cases import BACKENDS, DTYPES, ROWS, assert_same, check_against, mlp, routing, slots
 from torch.nn import functional as F
 
 import hebatron_kernels as hk
@@ -19,18 +19,6 @@ def test_moe_permute_sorts_by_expert_then_token():
             assert offsets.tolist() == [3, 5, 8, 8]
             assert order.dtype == torch.int64 and offsets.dtype == torch.int32
             assert torch.equal(rows, x[order // 2])
-
-
-# tokens, experts, top_k, width: odd sizes, the vector's edges, one token, one expert, all chosen, no tokens
-ROWS = [
-    (9, 5, 2, 7),
-    (33, 16, 2, 48),
-    (1, 3, 1, 16),
-    (6, 1, 1, 5),
-    (4, 4, 4, 8),
-    (0, 3, 2, 8),
-    (40, 128, 6, 32),
-]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
@@ -224,6 +212,7 @@ def calls(dtype, width=16):
         "moe_route": [*routing(7, 8, dtype), 2, 4, 2, True, 2.5],
         "moe_permute": [x, ids, 4],
         "moe_combine": [rows, order, weights, 7],
+        "moe_combine_norm": [rows, order, weights, torch.rand(width, dtype=dtype) + 0.5, 1e-5, x, x + 1],
         "moe_mlp": [x, ids, weights, up, down],
     }
 

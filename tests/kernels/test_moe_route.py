@@ -1,26 +1,17 @@
 import pytest
 import torch
-from moe_cases import BACKENDS, check_against, routing
+from moe_cases import BACKENDS, ROUTES, check_against, routing
 
 import hebatron_kernels as hk
 from hebatron_kernels import testing
 
-EVERY = [*BACKENDS, "native"]
+EVERY = [*BACKENDS, "native", "emulator"]
 
-# tokens, experts, top_k, n_group, topk_group: the small training shape, the model's, one token, one expert, every
-# expert chosen, no tokens, and groups: two kept of four, one kept of two, all kept, the smallest possible
-ROUTES = [
-    (33, 16, 2, 1, 1),
-    (21, 128, 6, 1, 1),
-    (1, 5, 3, 1, 1),
-    (7, 1, 1, 1, 1),
-    (9, 7, 7, 1, 1),
-    (0, 8, 2, 1, 1),
-    (25, 24, 5, 4, 2),
-    (11, 10, 3, 2, 1),
-    (13, 12, 4, 3, 3),
-    (5, 4, 2, 2, 1),
-]
+
+@pytest.fixture(autouse=True)
+def _loaded(request):
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("backend") == "emulator":
+        request.getfixturevalue("emulator")
 
 
 @pytest.mark.parametrize("normalize", [True, False])

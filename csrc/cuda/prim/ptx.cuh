@@ -37,6 +37,7 @@ HEBATRON_DEVICE T shfl_down(T v, int delta) {
   return __shfl_down_sync(kAllLanes, v, delta);
 }
 HEBATRON_DEVICE uint32_t ballot(bool p) { return __ballot_sync(kAllLanes, p); }
+HEBATRON_DEVICE int population_count(uint32_t bits) { return __popc(bits); }
 HEBATRON_DEVICE bool any(bool p) { return __any_sync(kAllLanes, p); }
 HEBATRON_DEVICE bool all(bool p) { return __all_sync(kAllLanes, p); }
 HEBATRON_DEVICE void warp_sync() { __syncwarp(); }
