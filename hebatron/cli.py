@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from hebatron.verbs import Arguments as Arguments
 from hebatron.verbs import (
+    Parser,
     average,
     bench,
     chat,
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments, overrides = parser.parse_known_args(argv)
     if overrides and not arguments.takes_overrides:
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+        arguments.parser.refuse(overrides)
     arguments.overrides = overrides
     try:
         code: int = arguments.run(arguments)
@@ -81,9 +82,7 @@ def _one_line(error: Exception) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; parsing imports nothing heavy."""
-    parser = argparse.ArgumentParser(
-        prog="hebatron", description="Train, adapt and run Hebatron-class models."
-    )
+    parser = Parser(prog="hebatron", description="Train, adapt and run Hebatron-class models.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     doctor.register(verbs)
     bench.register(verbs)

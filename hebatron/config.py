@@ -6,7 +6,6 @@ Field names are the hub's. A config of the Nemotron-H family lists one mixer per
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import warnings
@@ -14,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from .spelling import did_you_mean
 
 KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 LETTERS = {kind: letter for letter, kind in KINDS.items()}
@@ -308,9 +309,7 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
         if name in FIXED:
             _must(value == FIXED[name], name, f"be {FIXED[name]!r}, this model has nothing else", value)
         elif name not in PRESERVED:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"config: keys must be known, got {name!r}{hint}")
+            raise ValueError(f"config: keys must be known, got {name!r}{did_you_mean(name, known)}")
 
 
 def _check_types(config: ModelConfig) -> None:

@@ -97,6 +97,35 @@ def test_wrong_usage_exits_with_two(argv: list[str], capsys: pytest.CaptureFixtu
     assert "usage: hebatron" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("trian run.toml", "train"),
+        ("data scor corpora/he", "score"),
+        ("export hf run out --dtype bfloat", "bfloat16"),
+        ("quickstart --sed 3", "--seed"),
+        ("info nano_30b_a3", "nano_30b_a3b"),
+        ("bench nrm", "norm"),
+    ],
+)
+def test_a_word_that_is_not_known_is_answered_with_the_one_meant(
+    line: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        assert cli.main(line.split()) == 2
+    except SystemExit as caught:  # wrong usage
+        assert caught.code == 2
+    assert capsys.readouterr().err.endswith(f"; did you mean {meant!r}?\n")
+
+
+def test_help_tells_what_every_verb_takes_and_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, default in (("generate", "128"), ("chat", "0.7"), ("export hf", "float32"), ("data split", "3")):
+        with pytest.raises(SystemExit):
+            cli.main([*verb.split(), "--help"])
+        told = capsys.readouterr().out
+        assert f"(default: {default})" in told and "None" not in told and "False" not in told, verb
+
+
 def test_prepare_trains_a_tokenizer_and_counts_by_source(
     corpus_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

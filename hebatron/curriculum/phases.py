@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from ..spelling import did_you_mean
 
 ORDERS = ("forward", "reversed", "shuffled")
 EpochLimits = float | dict[str, float] | None  # for all sources, by source, none
@@ -91,11 +92,9 @@ class Curriculum:
         check_limits("Curriculum: anchor_max_epochs", self.anchor_max_epochs, self.anchor)
         if isinstance(self.order, str):
             if self.order not in (*ORDERS, *OLD_ORDERS):
-                close = difflib.get_close_matches(self.order, (*ORDERS, *OLD_ORDERS), n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(
                     'Curriculum: order must be "forward", "reversed", "shuffled" or a tuple of phase names, '
-                    f"got {self.order!r}{hint}"
+                    f"got {self.order!r}{did_you_mean(self.order, (*ORDERS, *OLD_ORDERS))}"
                 )
         elif sorted(self.order) != sorted(names):
             raise ValueError(f"Curriculum: order must name each of {names} once, got {list(self.order)}")

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from ..spelling import did_you_mean
 from ..tokenizer import Tokenizer
 from .corpus import Corpus
 from .hebrew import strip_points
@@ -206,7 +207,8 @@ def score_weights(names: Sequence[str], weights: Mapping[str, float]) -> dict[st
     """The weight of each of `names`, 1 where none is given."""
     for name, value in weights.items():
         if name not in names:
-            raise ValueError(f"difficulty: weights must name one of {', '.join(names)}, got {name!r}")
+            hint = did_you_mean(name, names)
+            raise ValueError(f"difficulty: weights must name one of {', '.join(names)}, got {name!r}{hint}")
         if not (np.isfinite(value) and value >= 0):
             raise ValueError(f"difficulty: weight of {name} must be finite and >= 0, got {value}")
     chosen = {name: float(weights.get(name, 1.0)) for name in names}

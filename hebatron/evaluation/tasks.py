@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.documents import MAX_DOCUMENT_BYTES, raw_documents
+from ..spelling import did_you_mean
 from .answers import lacking
 from .task_table import HEBREW_LETTERS, LATIN_LETTERS, TASKS, Fields, Task
 
@@ -90,7 +91,8 @@ def _open_task(path: Path, name: str | None) -> TaskFile:
     stem = path.name.split(".", 1)[0]
     if (name or stem) not in TASKS:
         given = f"name {name!r}" if name else f"file {path}"
-        raise ValueError(f"tasks: task must be one of {', '.join(TASKS)}, got {given}")
+        hint = did_you_mean(name or stem, TASKS)
+        raise ValueError(f"tasks: task must be one of {', '.join(TASKS)}, got {given}{hint}")
     shots = next((p for s in SUFFIXES if (p := path.with_name(f"{stem}.shots{s}")).is_file()), None)
     return TaskFile(stem, TASKS[name or stem], path, shots)
 

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..model import Experts, Hebatron, Linear
+from ..spelling import did_you_mean
 from .sections import LoraConfig
-from .trees import did_you_mean
 
 ADAPTER = "adapter"  # in the exported model's folder
 EXPERTS = ("experts.up_proj", "experts.down_proj")

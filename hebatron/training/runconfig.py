@@ -24,8 +24,9 @@ from typing import Any
 from ..curriculum.phases import Curriculum
 from ..curriculum.presets import CURRICULA
 from ..presets import PRESETS
+from ..spelling import did_you_mean
 from .sections import CONDITIONS, CorpusConfig, CurriculumConfig, RunConfig, SftConfig
-from .trees import did_you_mean, from_table, to_table
+from .trees import from_table, to_table
 
 # ---------------------------------------------------------------- reading
 

@@ -6,12 +6,13 @@ Unknown keys are refused with "did you mean", and every error names the place: `
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
+
+from ..spelling import did_you_mean
 
 TYPE_NAMES = {str: "a string", Path: "a string", int: "an integer", float: "a number", bool: "true or false"}
 
@@ -70,11 +71,6 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     if type(value) is not hint:
         raise ValueError(f"{place} must be {TYPE_NAMES[hint]}, got {value!r}")
     return value
-
-
-def did_you_mean(word: Any, choices: typing.Iterable[Any]) -> str:
-    close = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def to_table(config: Any, *, hashed_only: bool = False) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from hebatron.spelling import did_you_mean
 
 if TYPE_CHECKING:
     from hebatron.model import Hebatron
@@ -20,13 +22,39 @@ Arguments = argparse.Namespace
 VerbGroup = argparse._SubParsersAction
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose help tells defaults, and whose errors tell what a word that it does not know may have meant."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _HelpFormatter, **options})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            told = f"must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}"
+            raise argparse.ArgumentError(action, told)
+
+    def refuse(self, words: list[str]) -> None:
+        """The error of words that no argument takes."""
+        hint = did_you_mean(words[0].partition("=")[0], self._option_string_actions)
+        self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told, default = action.help or "", action.default
+        if "default" in told or default is False or default in (None, argparse.SUPPRESS, []):
+            return told
+        return f"{told} (default: %(default)s)"
+
+
 def add_verb(
     group: VerbGroup, name: str, run: Callable[[Arguments], int], help: str
 ) -> argparse.ArgumentParser:
     """One verb's parser, with --debug. A verb that takes any `--section.field VALUE` sets takes_overrides."""
     added: argparse.ArgumentParser = group.add_parser(name, help=help, description=help)
     added.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    added.set_defaults(run=run, takes_overrides=False)
+    added.set_defaults(run=run, parser=added, takes_overrides=False)
     return added
 
 

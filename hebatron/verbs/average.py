@@ -11,7 +11,7 @@ def register(group: VerbGroup) -> None:
     average = add_verb(group, "average", run, "the mean of a run's last checkpoints, as a model")
     average.add_argument("run_dir", metavar="RUN", type=Path)
     average.add_argument(
-        "--last", type=int, default=2, help="how many checkpoints, at most training.keep_last (default 2)"
+        "--last", type=int, default=2, help="how many checkpoints, at most training.keep_last"
     )
 
 

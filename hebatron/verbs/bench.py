@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from hebatron.spelling import did_you_mean
 from hebatron.verbs import Arguments, VerbGroup, add_verb
 
 
@@ -36,6 +37,7 @@ def run(arguments: Arguments) -> int:
 
     wrong = [noun for noun in arguments.nouns if noun not in NOUNS]
     if wrong:
-        raise ValueError(f"bench: NOUN must be one of {', '.join(NOUNS)}, got {wrong[0]}")
+        hint = did_you_mean(wrong[0], NOUNS)
+        raise ValueError(f"bench: NOUN must be one of {', '.join(NOUNS)}, got {wrong[0]}{hint}")
     run_suite(arguments.nouns or NOUNS, arguments.only, arguments.rounds, arguments.seconds, arguments.out)
     return 0

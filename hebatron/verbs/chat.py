@@ -23,9 +23,9 @@ def register(group: VerbGroup) -> None:
     chat.add_argument("--thinking", action="store_true", help="ask for reasoning before each answer")
     chat.add_argument("--max-new-tokens", type=int, default=1024, help="of one answer")
     chat.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
-    chat.add_argument("--top-k", type=int)
-    chat.add_argument("--top-p", type=float, default=0.9)
-    chat.add_argument("--seed", type=seed, default=0)
+    chat.add_argument("--top-k", type=int, help="draw among the K likeliest tokens alone")
+    chat.add_argument("--top-p", type=float, default=0.9, help="draw among the likeliest tokens that share P")
+    chat.add_argument("--seed", type=seed, default=0, help="of what is drawn")
 
 
 def run(arguments: Arguments) -> int:

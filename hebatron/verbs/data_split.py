@@ -13,7 +13,7 @@ def register(group: VerbGroup) -> None:
     split.add_argument("--out", required=True, type=Path, help="a new folder, for part-1, part-2, ...")
     split.add_argument("--by", default="difficulty", help="the column of data score to cut by")
     shares = split.add_mutually_exclusive_group()
-    shares.add_argument("--parts", type=int, default=3, help="parts of equal tokens (default 3)")
+    shares.add_argument("--parts", type=int, default=3, help="parts of equal tokens")
     shares.add_argument(
         "--shares",
         type=float,

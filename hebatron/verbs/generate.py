@@ -11,11 +11,11 @@ def register(group: VerbGroup) -> None:
     generate = add_verb(group, "generate", run, "continue a prompt")
     generate.add_argument("model", metavar="RUN|MODEL", type=Path, help="a run or model folder")
     generate.add_argument("prompt", metavar="PROMPT")
-    generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--max-new-tokens", type=int, default=128, help="the most it writes")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    generate.add_argument("--top-k", type=int)
-    generate.add_argument("--top-p", type=float)
-    generate.add_argument("--seed", type=seed, default=0)
+    generate.add_argument("--top-k", type=int, help="draw among the K likeliest tokens alone")
+    generate.add_argument("--top-p", type=float, help="draw among the likeliest tokens that share P")
+    generate.add_argument("--seed", type=seed, default=0, help="of what is drawn")
 
 
 def run(arguments: Arguments) -> int:

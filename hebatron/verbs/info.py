@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hebatron.spelling import did_you_mean
 from hebatron.verbs import Arguments, VerbGroup, add_verb
 
 
@@ -23,9 +24,9 @@ def run(arguments: Arguments) -> int:
     elif Path(arguments.model).exists():
         config = ModelConfig.load(arguments.model)
     else:
-        presets = ", ".join(PRESETS)
         raise ValueError(
-            f"info: PATH|PRESET must be an existing path or one of {presets}, got {arguments.model}"
+            f"info: PATH|PRESET must be an existing path or one of {', '.join(PRESETS)}, "
+            f"got {arguments.model}{did_you_mean(arguments.model, PRESETS)}"
         )
     print(describe(config, arguments.context))
     return 0

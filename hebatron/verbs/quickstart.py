@@ -12,7 +12,7 @@ def register(group: VerbGroup) -> None:
     quick.add_argument(
         "--out", type=Path, help="a new or empty folder (default: runs/quickstart, or -2, ...)"
     )
-    quick.add_argument("--seed", type=seed, default=0)
+    quick.add_argument("--seed", type=seed, default=0, help="of weights, order of text and samples")
     quick.add_argument("--resume", action="store_true", help="go on in --out where an earlier one stopped")
 
 
