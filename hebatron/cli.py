@@ -25,6 +25,7 @@ from hebatron.verbs import (
     data_split,
     doctor,
     export_hf,
+    fields,
     generate,
     info,
     plan,
@@ -94,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     data_score.register(data_verbs)
     data_split.register(data_verbs)
     data_inspect.register(data_verbs)
+    fields.register(verbs)
     plan.register(verbs)
     train.register(verbs)
     average.register(verbs)

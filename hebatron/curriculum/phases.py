@@ -18,28 +18,22 @@ OLD_ORDERS = {"easy_to_hard": "forward"}  # names that older run files use
 class Phase:
     """One phase: what is read, and how the positions that it is written for are trained.
 
-    sources: weight of each "corpus" or "corpus/source" among the rows that are no anchor rows; 0: not used.
-    tokens: the phase's loss-bearing tokens, the anchor's included. max_epochs: refuse a plan in which one of
-    this phase's sources has been read more often than this by the phase's end, earlier phases included: a number for
-    all of them or a table by source (None, or not in the table: no limit). Tokens count whatever name they were read
-    by, for "corpus" those of all its sources together: a limit of 2 for "he" or "he/wiki" counts what phases read
-    as the other. The others belong to the phase's place in
-    the run, whatever `order` puts there:
-    anchor_share: of the tokens. batch_tokens: of one step, instead of training.tokens_per_batch; several are a
-    ramp, each for an equal share of the phase. learning_rate: the peak at the phase's last batch size, instead of
-    optimizer.learning_rate. schedule: this shape over the phase's own steps, with [schedule]'s warm-up, decay and
-    floor, instead of the run's."""
+    anchor_share, batch_tokens, learning_rate and schedule belong to the phase's place in the run, whatever `order`
+    puts there; schedule keeps [schedule]'s warm-up, decay and floor. max_epochs is a number for all sources or a table
+    by source (None, or not in the table: no limit) and counts tokens whatever name they were read by, for "corpus"
+    those of all its sources together, and earlier phases': a limit of 2 for "he" or "he/wiki" counts what phases read
+    as the other."""
 
-    name: str
-    sources: dict[str, float]
-    tokens: int
-    seq_len: int
-    anchor_share: float = 0.0
-    max_epochs: EpochLimits = None
-    pinned: bool = False
-    batch_tokens: int | tuple[int, ...] | None = None
-    learning_rate: float | None = None
-    schedule: Literal["wsd", "cosine", "constant"] | None = None
+    name: str  # what order and the metrics call it
+    sources: dict[str, float]  # weights by "corpus" or "corpus/source", anchor rows apart; 0: not used
+    tokens: int  # that bear loss, the anchor's included
+    seq_len: int  # of a row
+    anchor_share: float = 0.0  # of the tokens
+    max_epochs: EpochLimits = None  # refuse a plan that has read a source more often by the phase's end
+    pinned: bool = False  # stays in its place whatever the order
+    batch_tokens: int | tuple[int, ...] | None = None  # of a step, not training's; several: in equal shares
+    learning_rate: float | None = None  # the peak at the last batch size, instead of optimizer.learning_rate
+    schedule: Literal["wsd", "cosine", "constant"] | None = None  # over the phase's own steps, not the run's
 
     def __post_init__(self) -> None:
         where = f"Phase: {self.name!r}"

@@ -26,7 +26,7 @@ from ..curriculum.presets import CURRICULA
 from ..presets import PRESETS
 from ..spelling import did_you_mean
 from .sections import CONDITIONS, CorpusConfig, CurriculumConfig, RunConfig, SftConfig
-from .trees import from_table, to_table
+from .trees import from_table, hint_at, to_table, type_name
 
 # ---------------------------------------------------------------- reading
 
@@ -81,7 +81,11 @@ def _override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
                 re.sub(r"\[(\d+)\]", r".\1", line.split(" = ")[0]) for line in describe(config).splitlines()
             ]
             if key in known:
-                raise ValueError(f"{option} must have a value of its field's type, got {' '.join(group)!r}")
+                got = " ".join(group).removeprefix(option).lstrip("= ")
+                raise ValueError(f"{option} must be {type_name(hint_at(RunConfig, key))}, got {got!r}")
+            section = key.partition(".")[0]
+            if section in known:  # lora or sft, which the run file has not
+                raise ValueError(f"{option} must be of a section that the run file has, got no [{section}]")
             raise ValueError(f"{option} must name a field of the run file{did_you_mean(key, known)}")
     raise ValueError(f"{' '.join(overrides)!r} must be options that go together, each given once")
 

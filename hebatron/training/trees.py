@@ -73,30 +73,57 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     return value
 
 
+def type_name(hint: Any) -> str:
+    """The type of a field in the words of the errors: "an integer", "one of drop, cut", "an array, each a string"."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(type_name(arg) for arg in args if arg is not types.NoneType)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin in (tuple, dict):
+        each, many = (args[0], "an array") if origin is tuple else (args[1], "a table")
+        return many if each is Any else f"{many}, each {type_name(each)}"
+    return TYPE_NAMES.get(hint, "a table")
+
+
+def hint_at(hint: Any, key: str) -> Any:
+    """The type of the field that a dotted key such as phases.1.tokens names in dataclass `hint`."""
+    for part in key.split("."):
+        options = get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        hint = next(o for o in options if dataclasses.is_dataclass(o) or get_origin(o) in (tuple, dict))
+        if dataclasses.is_dataclass(hint):
+            hint = typing.get_type_hints(hint)[part]
+        else:
+            hint = get_args(hint)[0 if get_origin(hint) is tuple else 1]
+    return hint
+
+
 def to_table(config: Any, *, hashed_only: bool = False) -> dict[str, Any]:
     """The tree as JSON values; `hashed_only` leaves out what cannot change the weights."""
     table: dict[str, Any] = {}
     for spec in dataclasses.fields(config):
-        value = _plain(getattr(config, spec.name), hashed_only)
+        value = plain(getattr(config, spec.name), hashed_only)
         if hashed_only and not spec.metadata.get("hashed", True):
             continue
-        if hashed_only and "young" in spec.metadata and value == _plain(_default(spec), True):
+        if hashed_only and "young" in spec.metadata and value == plain(default_of(spec), True):
             continue
         table[spec.name] = value
     return table
 
 
-def _default(spec: dataclasses.Field[Any]) -> Any:
+def default_of(spec: dataclasses.Field[Any]) -> Any:
+    """A field's default; MISSING where it has none."""
     return spec.default if spec.default_factory is dataclasses.MISSING else spec.default_factory()
 
 
-def _plain(value: Any, hashed_only: bool) -> Any:
+def plain(value: Any, hashed_only: bool = False) -> Any:
+    """A value of the tree as JSON has it."""
     if dataclasses.is_dataclass(value):
         return to_table(value, hashed_only=hashed_only)
     if isinstance(value, (tuple, list)):
-        return [_plain(item, hashed_only) for item in value]
+        return [plain(item, hashed_only) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item, hashed_only) for key, item in value.items()}
+        return {key: plain(item, hashed_only) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Arguments = argparse.Namespace
 VerbGroup = argparse._SubParsersAction
+OVERRIDES = "Any field of the run file can be given as --section.field VALUE; hebatron fields lists them."
 
 
 class Parser(argparse.ArgumentParser):

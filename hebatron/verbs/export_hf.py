@@ -11,7 +11,9 @@ def register(group: VerbGroup) -> None:
     hub = add_verb(group, "hf", run, "write a folder that transformers and serving engines open")
     hub.add_argument("source", metavar="RUN|MODEL", type=Path, help="a run or model folder")
     hub.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
-    hub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights written")
+    hub.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights written"
+    )
 
 
 def run(arguments: Arguments) -> int:
