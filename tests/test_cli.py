@@ -119,7 +119,12 @@ def test_a_word_that_is_not_known_is_answered_with_the_one_meant(
 
 
 def test_help_tells_what_every_verb_takes_and_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb, default in (("generate", "128"), ("chat", "0.7"), ("export hf", "float32"), ("data split", "3")):
+    for verb, default in (
+        ("generate", "128"),
+        ("chat", "0.7"),
+        ("export hf", "float32"),
+        ("data split", "3"),
+    ):
         with pytest.raises(SystemExit):
             cli.main([*verb.split(), "--help"])
         told = capsys.readouterr().out
@@ -327,6 +332,9 @@ def test_train_hands_the_overrides_on(tmp_path: Path, monkeypatch: pytest.Monkey
         seq_len = 128
         """
     )
+    for name in ("tokenizer", "corpus"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["train", str(tmp_path / "run.toml"), "--training.seed", "7"]) == 0
     assert cli.main(["train", str(tmp_path / "run.toml"), "--force"]) == 0
     config, force = seen[0]

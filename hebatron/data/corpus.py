@@ -201,14 +201,19 @@ class Corpus:
         columns = {name: values[rows] for name, values in self.columns.items()}
         return Corpus(self.index, self._documents[rows], self._shards, digest, ids, columns)
 
-    def split(self, held_out_permille: int) -> tuple[Corpus, Corpus]:
-        """(training view, held-out view): a document's side depends on its own text alone."""
+    def held_out(self, held_out_permille: int) -> npt.NDArray[np.bool_]:
+        """Which documents `split` holds out: a document's side depends on its own text alone."""
         if not 0 < held_out_permille < 1000:
             raise ValueError(
                 f"Corpus.split: held_out_permille must be between 1 and 999, got {held_out_permille}"
             )
         leading = np.ascontiguousarray(self._documents["hash"][:, :8]).view("<u8")[:, 0]
-        held_out = leading % np.uint64(1000) < np.uint64(held_out_permille)
+        chosen: npt.NDArray[np.bool_] = leading % np.uint64(1000) < np.uint64(held_out_permille)
+        return chosen
+
+    def split(self, held_out_permille: int) -> tuple[Corpus, Corpus]:
+        """(training view, held-out view)."""
+        held_out = self.held_out(held_out_permille)
         if held_out.all() or not held_out.any():
             raise ValueError(
                 f"Corpus.split: held_out_permille must leave documents on both sides, got {held_out_permille} "

@@ -107,8 +107,15 @@ def open_corpora(
     held_out: list[tuple[str, Corpus]] = []
     for entry in config.data.corpora:
         corpus = Corpus.open(entry.path, tokenizer, verify=verify)
-        if config.data.held_out_permille:
-            corpus, unseen = corpus.split(config.data.held_out_permille)
+        if permille := config.data.held_out_permille:
+            count = int(corpus.held_out(permille).sum())
+            if not 0 < count < len(corpus):
+                raise ValueError(
+                    f"data.held_out_permille must leave documents on both sides of corpus {entry.name!r} "
+                    f"({entry.path}), got {permille} per thousand, {count} of its {len(corpus)} documents: which ones "
+                    f"their hashes decide; {'raise' if not count else 'lower'} it, add documents, or hold out none (0)"
+                )
+            corpus, unseen = corpus.split(permille)
             held_out.append((entry.name, unseen))
         corpora[entry.name] = corpus
     folders = [

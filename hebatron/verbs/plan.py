@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hebatron.verbs import Arguments, VerbGroup, add_verb
+from hebatron.verbs import OVERRIDES, Arguments, VerbGroup, add_verb
 
 if TYPE_CHECKING:
     from hebatron.chat.chat_data import ChatData
@@ -17,11 +17,12 @@ def register(group: VerbGroup) -> None:
     plan = add_verb(group, "plan", run, "what a run file will read: phases, sources, steps, time and hashes")
     plan.add_argument("run_file", metavar="RUN.toml", type=Path)
     plan.add_argument("--tokens-per-s", type=float, help="speed for the time; default: the run's own metrics")
-    plan.epilog = "Any field of the run file can be given as --section.field VALUE."
+    plan.epilog = OVERRIDES
     plan.set_defaults(takes_overrides=True)
 
 
 def run(arguments: Arguments) -> int:
+    from hebatron.training.inputs import check_inputs
     from hebatron.training.metrics import printable_name
     from hebatron.training.run import open_plan, open_run_chats
     from hebatron.training.runconfig import load_run_config
@@ -30,6 +31,7 @@ def run(arguments: Arguments) -> int:
     if speed is not None and not 0 < speed < float("inf"):
         raise ValueError(f"plan: --tokens-per-s must be above 0 and finite, got {speed}")
     config = load_run_config(arguments.run_file, arguments.overrides)
+    check_inputs(config, arguments.run_file)
     if speed is None:
         speed = measured_speed(config.run_dir)
     if config.sft is None:

@@ -98,3 +98,59 @@ def test_plan_verb_shows_the_phases_of_a_named_curriculum(
     assert told == {"formal": ("15,088", "16"), "colloquial": ("672", "16"), "long": ("3,968", "128")}
     stages = [line[:2] for line in lines if line and line[0] in told][3:]
     assert stages == [["formal", "64"], ["formal", "512"], ["colloquial", "512"], ["long", "512"]]
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PREPARE = "hebatron data prepare TEXT... --out"
+NEEDED = [  # run file, what is there, what is missing of it and the command that makes it
+    ("hebatron", [], "data.tokenizer", "hebatron train {examples}/three_phases.toml"),
+    (
+        "sft",
+        ["runs/three_phases/final"],
+        "data.corpora[0].path",
+        f"{PREPARE} corpora/anchor --tokenizer runs/three_phases/final",
+    ),
+    ("sft", ["runs/three_phases/final", "corpora/anchor"], "sft.chats[0]", "hebatron quickstart"),
+    ("three_phases", [], "data.tokenizer", f"{PREPARE} CORPUS --train-tokenizer corpora/tokenizer"),
+    (
+        "three_phases",
+        ["corpora/tokenizer"],
+        "data.corpora[0].path",
+        f"{PREPARE} corpora/phase1 --tokenizer corpora/tokenizer",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "there", "place", "command"), NEEDED)
+def test_a_missing_input_is_named_with_the_command_that_makes_it(
+    name: str,
+    there: list[str],
+    place: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in there:
+        Path(folder).mkdir(parents=True)
+    for verb in ("plan", "train"):
+        assert main([verb, str(EXAMPLES / f"{name}.toml")]) == 2
+        told = capsys.readouterr().err
+        assert f"{name}.toml: {place} must exist, got " in told and str(tmp_path) in told
+        assert told.endswith(f"; make it with: {command.format(examples=EXAMPLES)}\n")
+    assert not Path("runs/hebatron").exists()
+
+
+def test_a_corpus_with_nothing_to_hold_out_is_named_with_what_to_change(root: Path, tmp_path: Path) -> None:
+    config = toy_config(root, tmp_path)
+    few = dataclasses.replace(config, data=dataclasses.replace(config.data, held_out_permille=1))
+    with pytest.raises(ValueError) as caught:
+        open_plan(few)
+    told = str(caught.value)
+    assert told.startswith("data.held_out_permille must leave documents on both sides of corpus 'he'")
+    assert (
+        "got 1 per thousand, 0 of its 60 documents" in told
+        and "raise it" in told
+        and str(root / "he") in told
+    )
