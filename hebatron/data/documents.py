@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import zstandard
 
+from ..files import file_sha256
 from .duplicates import NearDuplicates
 from .hebrew import BIDI_CONTROLS, check_normalization, normalize
 from .ledger import NOWHERE, Ledger, Place
@@ -90,29 +91,57 @@ class Document:
         return text_hash(self.text)
 
 
-def find_files(inputs: Sequence[Path | str]) -> list[Path]:
+class Input(NamedTuple):
+    """A file to read, and the source of those of its documents that name none."""
+
+    path: Path
+    source: str
+
+    @property
+    def label(self) -> str:
+        """What of its path a corpus holds: the name, for .txt behind the folder's."""
+        name = self.path.name
+        return f"{self.path.absolute().parent.name}/{name}" if name.endswith(".txt") else name
+
+    def identity(self, policy: Policy) -> list[str]:
+        """What tells it from another input: label, content, and the source where the label does not say it."""
+        folder, text, _ = self.label.partition("/")
+        unsaid = text and policy.source is None and self.source != folder
+        return [self.label, file_sha256(self.path), *([self.source] if unsaid else [])]
+
+
+def find_files(inputs: Sequence[Path | str]) -> list[Input]:
     """The files to read: each input; for a folder (one that `datasets` saved too) every file below it that ends in
-    one of SUFFIXES, sorted; for hf:NAME or hf:NAME@SPLIT what `datasets` downloads."""
-    files: list[Path] = []
+    one of SUFFIXES, sorted; for hf:NAME or hf:NAME@SPLIT what `datasets` downloads.
+
+    The source is the file's name without ending. A folder's .txt files, often thousands of one document each, and the
+    data-00000.arrow of `datasets` have the name of the folder they are in."""
+    files: list[Input] = []
     for path in map(Path, inputs):
         if str(path).startswith("hf:"):
-            files += downloaded(str(path).removeprefix("hf:"))
+            files += map(_input, downloaded(str(path).removeprefix("hf:")))
         elif path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.is_file() and _is_input(p.name))
             if not found:
                 raise ValueError(
                     f"prepare: folder must contain {', '.join(SUFFIXES)} files, got none in {path}"
                 )
-            files += found
+            files += [_input(file, of_folder=file.suffix == ".txt") for file in found]
         elif not path.is_file():
             raise ValueError(f"prepare: input must exist, got {path}")
         elif not path.name.endswith(SUFFIXES):
             raise ValueError(f"prepare: input must end in {', '.join(SUFFIXES)}, got {path}")
         else:
-            files.append(path)
+            files.append(_input(path))
     if not files:
         raise ValueError("prepare: inputs must name at least one file, got none")
     return files
+
+
+def _input(path: Path, of_folder: bool = False) -> Input:
+    stem = path.name.removesuffix(".zst").rpartition(".")[0]
+    of_folder = of_folder or (path.suffix == ".arrow" and stem.startswith("data-"))
+    return Input(path, (path.absolute().parent.name if of_folder else stem) or "text")
 
 
 def _is_input(name: str) -> bool:
@@ -193,15 +222,14 @@ def _decode(raw: bytes) -> str:
         raise _BadDocument("invalid UTF-8", f"must be UTF-8, got {got}") from None
 
 
-def _parse(raw: Raw, path: Path, place: Place, policy: Policy) -> Document:
+def _parse(raw: Raw, file: Input, place: Place, policy: Policy) -> Document:
     """One document out of its bytes, before cleaning; raises _BadDocument."""
     if isinstance(raw, dict):
         record: Any = {k: _decode(value) if isinstance(value, bytes) else value for k, value in raw.items()}
     else:
         text = _decode(raw)
-        if path.name.endswith(".txt"):
-            source = policy.source or path.absolute().parent.name or "text"
-            return Document(text, source, policy.lang or "und", place)
+        if file.path.name.endswith(".txt"):
+            return Document(text, policy.source or file.source, policy.lang or "und", place)
         try:
             record = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
@@ -215,7 +243,7 @@ def _parse(raw: Raw, path: Path, place: Place, policy: Policy) -> Document:
         if not missing and not isinstance(record[name], str):
             got = type(record[name]).__name__
             raise _BadDocument("field not a string", f'must have a string in "{name}", got {got}')
-    source = policy.source or record.get("source") or _default_source(path)
+    source = policy.source or record.get("source") or file.source
     place = replace(place, id=_record_id(record.get("id")))
     return Document(record[policy.text_field], source, policy.lang or record.get("lang") or "und", place)
 
@@ -230,17 +258,6 @@ def _record_id(value: Any) -> str | None:
     if not 0 < size <= MAX_ID_BYTES or not text.isprintable():
         raise _BadDocument("bad id", f'must have 1..{MAX_ID_BYTES} printable bytes in "id", got {size} bytes')
     return text
-
-
-def _default_source(path: Path) -> str:
-    stem = path.name.removesuffix(".zst").rpartition(".")[0]
-    saved_by_datasets = path.suffix == ".arrow" and stem.startswith("data-")
-    return path.absolute().parent.name or "data" if saved_by_datasets else stem
-
-
-def label(path: Path) -> str:
-    """What of a path can enter the corpus: the name, and for .txt the folder (its default source)."""
-    return f"{path.absolute().parent.name}/{path.name}" if path.suffix == ".txt" else path.name
 
 
 def _clean(document: Document, policy: Policy, ledger: Ledger) -> Document:
@@ -264,24 +281,24 @@ def _clean(document: Document, policy: Policy, ledger: Ledger) -> Document:
     return replace(document, text=text)
 
 
-def read_documents(files: Sequence[Path], policy: Policy, ledger: Ledger) -> Iterator[Document]:
+def read_documents(files: Sequence[Input], policy: Policy, ledger: Ledger) -> Iterator[Document]:
     """Clean, non-empty documents in file order, repeats among them: Repeats leaves those out, once it is known what
     else is left out."""
     fields = (policy.text_field, "source", "lang", "id")
-    for path in files:
-        for line, raw in raw_documents(path, fields):
+    for file in files:
+        for line, raw in raw_documents(file.path, fields):
             ledger.read += 1
-            place = Place(label(path), line, number=ledger.read)
+            place = Place(file.label, line, number=ledger.read)
             try:
                 if not raw:
                     raise _BadDocument("empty file", "must not be empty, got 0 bytes")
                 if isinstance(raw, bytes) and line is not None and not raw.strip():
                     ledger.drop("blank line", place, _raw_hash(raw))
                     continue
-                document = _clean(_parse(raw, path, place, policy), policy, ledger)
+                document = _clean(_parse(raw, file, place, policy), policy, ledger)
             except _BadDocument as bad:
                 if policy.bad == "error":
-                    where = f"{path}" if line is None else f"{path}:{line}"
+                    where = f"{file.path}" if line is None else f"{file.path}:{line}"
                     raise ValueError(f"prepare: {where} {bad}") from None
                 ledger.drop(bad.reason, place, _raw_hash(raw))
                 continue

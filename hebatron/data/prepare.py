@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import file_sha256, new_folder
+from ..files import new_folder
 from ..tokenizer import Tokenizer
 from .corpus import Corpus, read_index
 from .corpus_writer import SHARD_TOKENS, CorpusWriter, Counts
-from .documents import Document, Policy, Repeats, find_files, label, read_documents, read_texts
+from .documents import Document, Policy, Repeats, find_files, read_documents, read_texts
 from .hebrew import Normalization
 from .ledger import Ledger
 
@@ -76,7 +76,7 @@ def prepare(
         out: must not exist, or hold the corpus of exactly these inputs and options (then nothing is done), or
             hold any corpus with overwrite=True.
         source, lang: for every document; None: the record's own field, else the file's name without ending
-            (the folder's name for .txt) and "und".
+            (for the .txt files of a folder given its name) and "und".
         text_field: the field of a .jsonl record that holds the text.
         bidi: direction marks and overrides (U+200E, U+202E, ...) are removed or kept.
         bad: a broken document stops everything, or is dropped and counted.
@@ -98,7 +98,7 @@ def prepare(
         "tokenizer": tokenizer.fingerprint,
         "policy": asdict(policy),
         "shard_tokens": shard_tokens,
-        "files": [[label(path), file_sha256(path)] for path in files],
+        "files": [file.identity(policy) for file in files],
     }
     if check_out(out) and _same_request(out, request, overwrite):
         return _report(Corpus.open(out, tokenizer), out, began, reused=True)

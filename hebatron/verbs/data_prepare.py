@@ -26,7 +26,10 @@ def register(group: VerbGroup) -> None:
         "--train-tokenizer", type=Path, metavar="DIR", help="train a byte-level BPE, saved as DIR at the end"
     )
     prepare.add_argument("--vocab-size", type=int, help="entries of a trained tokenizer (default 8192)")
-    prepare.add_argument("--source", help="name of the source (default: each record's, or the file's name)")
+    prepare.add_argument(
+        "--source",
+        help="name of the source (default: each record's, or the file's name; a folder's for its .txt)",
+    )
     prepare.add_argument("--lang", help="language code (default: each record's)")
     prepare.add_argument("--text-field", default="text", help="field of a .jsonl record that holds the text")
     prepare.add_argument(

@@ -38,7 +38,7 @@ def test_prepare_keeps_every_document(tokenizer: Tokenizer, tmp_path: Path) -> N
         "he-1",
         "english",
         "english",
-        "in",
+        "area",
     ]
     assert [corpus.lang(i) for i in range(7)] == ["he"] * 4 + ["und"] * 3
     assert corpus.num_tokens == report.tokens == sum(corpus.lengths)
@@ -62,9 +62,30 @@ def test_prepare_source_and_lang_override_the_records(tokenizer: Tokenizer, tmp_
 def test_prepare_reads_folders_in_sorted_order(tokenizer: Tokenizer, tmp_path: Path) -> None:
     files = write_inputs(tmp_path / "in")
     (tmp_path / "in" / "README.md").write_text("no data")
-    in_folder = prepare([tmp_path / "in"], tmp_path / "a", tokenizer)
-    assert in_folder.fingerprint == prepare(sorted(files), tmp_path / "b", tokenizer).fingerprint
+    in_folder = prepare([tmp_path / "in"], tmp_path / "a", tokenizer, source="mine")
+    by_name = prepare(sorted(files), tmp_path / "b", tokenizer, source="mine")
+    assert in_folder.fingerprint == by_name.fingerprint
     assert list(read_texts([tmp_path / "in"])) == CODE + ENGLISH + HEBREW
+
+
+def test_a_text_file_is_a_source_by_its_name_and_a_folder_of_them_by_its_own(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Files given by name are told apart; a folder of thousands of documents is one source. Repeating either is seen
+    to be the same, the one for the other is not."""
+    (tmp_path / "in").mkdir()
+    files = [tmp_path / "in" / f"{name}.txt" for name in ("knesset", "ruth.v2")]
+    for file, text in zip(files, HEBREW, strict=False):
+        file.write_text(text, encoding="utf-8")
+    for inputs, expected in ((files, ["knesset", "ruth.v2"]), ([tmp_path / "in"], ["in"])):
+        out = tmp_path / f"out-{len(inputs)}"
+        prepare(inputs, out, tokenizer)
+        assert Corpus.open(out).sources == expected
+        assert prepare(inputs, out, tokenizer).reused
+    with pytest.raises(ValueError, match="out must not hold another corpus"):
+        prepare(files, tmp_path / "out-1", tokenizer)
+    prepare(files, tmp_path / "named", tokenizer, source="mine")
+    assert prepare([tmp_path / "in"], tmp_path / "named", tokenizer, source="mine").reused
 
 
 def test_prepare_is_independent_of_batches_and_shards(
