@@ -41,7 +41,9 @@ def split_corpus(folder: Path, out: Path, by: str, shares: Sequence[float]) -> l
     corpus = Corpus.open(folder)
     if by not in corpus.columns:
         known = ", ".join(corpus.columns) or "none: run hebatron data score first"
-        raise ValueError(f"data split: --by must name a column of {folder} ({known}), got {by!r}{did_you_mean(by, corpus.columns)}")
+        raise ValueError(
+            f"data split: --by must name a column of {folder} ({known}), got {by!r}{did_you_mean(by, corpus.columns)}"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"data split: --out must be a new or empty folder, got {out}")
     values = corpus.columns[by]

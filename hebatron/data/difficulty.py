@@ -18,8 +18,9 @@ would outweigh a measure.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +31,8 @@ from ..spelling import did_you_mean
 from ..tokenizer import Tokenizer
 from .corpus import Corpus
 from .hebrew import strip_points
-from .length_effect import Floats, LengthEffect, cut_values
+from .length_effect import Floats, LengthEffect, cut_values, mean_of_pieces
+from .model_bits import model_bits
 
 if TYPE_CHECKING:  # measuring text alone does not wait for torch
     from ..model import Hebatron
@@ -38,10 +40,9 @@ if TYPE_CHECKING:  # measuring text alone does not wait for torch
 MEASURES = ("rarity", "sentence_words", "mattr", "zstd_bits", "model_bits")
 SCORE = "difficulty"
 METHOD = "ranks-v2"  # v1: without a model, not corrected for length
-WINDOW_WORDS, PIECE_CHARS, PIECE_TOKENS = 50, 2000, 512
+WINDOW_WORDS, PIECE_CHARS = 50, 2000
 WORD_CUTS = (4, 6, 8, 12, 18, 25, 35, WINDOW_WORDS)
 CHAR_CUTS = (15, 20, 30, 40, 60, 90, 125, 180, 250, 350, 500, 700, 1000, 1400, PIECE_CHARS)
-TOKEN_CUTS = (2, 4, 8, 16, 32, 64, 128, 256, PIECE_TOKENS)
 CUT_DOCUMENTS = 200  # of each language are measured at every length
 _WORD = re.compile(r"[^\W\d_]+(?:[\"'\u05f3\u05f4\u2019\u201d][^\W\d_]+)*")
 _SENTENCE_END = re.compile(r"[.!?\u05c3\n]+")
@@ -94,6 +95,8 @@ def measure(
     weights: Mapping[str, float] | None = None,
     model_tokens: int | None = None,
     correct_length: bool = True,
+    kept: Path | None = None,
+    report: Callable[[int], None] = lambda documents: None,
 ) -> dict[str, Floats]:
     """Every measure and the score, one number a document; the text is decoded twice, never held whole.
 
@@ -102,6 +105,7 @@ def measure(
         weights: of measures in the score, 1 for those not named.
         model_tokens: of each document, from its beginning, for model_bits; None: all.
         correct_length: False leaves the measures as they are.
+        kept, report: of the model's reading, as in `model_bits`.
     Raises: ValueError for a weight that is not finite and >= 0, or of no measure; all of them 0.
     """
     names = [name for name in MEASURES if name != "model_bits" or model is not None]
@@ -130,25 +134,18 @@ def measure(
             ("mattr", [mattr(tokens)], [len(tokens)]),
             ("zstd_bits", [zstd_bits(piece) for piece in pieces], [len(piece) for piece in pieces]),
         ):
-            columns[name][i] = _mean(effects.get((name, lang)), values, lengths, lengths)
+            columns[name][i] = mean_of_pieces(effects.get((name, lang)), values, lengths, lengths)
     if model is not None:
-        columns["model_bits"] = _model_bits(corpus, tokenizer, model, model_tokens, correct_length)
+        columns["model_bits"] = model_bits(
+            corpus,
+            tokenizer,
+            model,
+            max_tokens=model_tokens,
+            correct_length=correct_length,
+            kept=kept,
+            report=report,
+        )
     return {**columns, SCORE: combine(columns, corpus.lang_ids, chosen)}
-
-
-def _mean(
-    effect: LengthEffect | None,
-    values: Sequence[float],
-    lengths: Sequence[float],
-    weights: Sequence[float],
-) -> float:
-    """Of a document's pieces, each corrected for its length; 0 for a document without any."""
-    if not sum(weights):
-        return 0.0
-    each = np.asarray(values, np.float64)
-    if effect is not None:
-        each = effect.corrected(each, np.asarray(lengths, np.float64))
-    return float(np.average(each, weights=weights))
 
 
 def _cut(corpus: Corpus, tokenizer: Tokenizer, sizes: Floats) -> dict[tuple[str, str], LengthEffect | None]:
@@ -166,38 +163,6 @@ def _cut(corpus: Corpus, tokenizer: Tokenizer, sizes: Floats) -> dict[tuple[str,
             parts = [words(text) for text in texts] if name == "mattr" else texts
             effects[name, lang] = LengthEffect.of(cuts, cut_values(parts, cuts, one))
     return effects
-
-
-def _model_bits(
-    corpus: Corpus, tokenizer: Tokenizer, model: Hebatron, max_tokens: int | None, correct_length: bool
-) -> Floats:
-    from ..evaluation.evaluate import piece_bits
-
-    cuts = np.array(TOKEN_CUTS)
-    pieces: dict[int, list[tuple[float, int, int]]] = defaultdict(
-        list
-    )  # bits a character, tokens, characters
-    prefixes = np.full((len(corpus), len(cuts)), np.nan)
-    for i, targets, bits in piece_bits(model, corpus, piece_tokens=PIECE_TOKENS, max_tokens=max_tokens):
-        if targets[-1] == corpus.eos_id:
-            targets, bits = targets[:-1], bits[:-1]
-        chars = len(tokenizer.decode(targets.tolist())) if len(targets) else 0
-        if not chars:
-            continue
-        if i not in pieces:  # a causal model's bits of a beginning are those of the text cut there
-            reached = cuts <= len(bits)
-            sums = np.cumsum(bits)[cuts[reached] - 1]
-            prefixes[i, reached] = sums / cuts[reached] * (len(bits) / chars)
-        pieces[i].append((float(bits.sum()) / chars, len(bits), chars))
-    result = np.zeros(len(corpus))
-    effects = {
-        lang: LengthEffect.of(TOKEN_CUTS, prefixes[corpus.lang_ids == number]) if correct_length else None
-        for number, lang in enumerate(corpus.langs)
-    }
-    for i, found in pieces.items():
-        values, lengths, chars_each = zip(*found, strict=True)
-        result[i] = _mean(effects[corpus.lang(i)], values, lengths, chars_each)
-    return result
 
 
 # ---------------------------------------------------------------- the score

@@ -53,3 +53,18 @@ def cut_values(
     """(texts, K): each text's beginning measured at each of `lengths`, NaN where the text is shorter."""
     rows = [[measure(text[:n]) if len(text) >= n else np.nan for n in lengths] for text in texts]
     return np.array(rows, np.float64).reshape(-1, len(lengths))
+
+
+def mean_of_pieces(
+    effect: LengthEffect | None,
+    values: Sequence[float],
+    lengths: Sequence[float],
+    weights: Sequence[float],
+) -> float:
+    """Of a document's pieces, each corrected for its length; 0 for a document without any."""
+    if not sum(weights):
+        return 0.0
+    each = np.asarray(values, np.float64)
+    if effect is not None:
+        each = effect.corrected(each, np.asarray(lengths, np.float64))
+    return float(np.average(each, weights=weights))

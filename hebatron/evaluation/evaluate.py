@@ -112,6 +112,7 @@ def piece_bits(
     piece_tokens: int,
     max_tokens: int | None = None,
     batch_tokens: int = 8192,
+    begin: int = 0,
 ) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[np.float64]]]:
     """(document, the piece's targets, the bits each of them costs) of every document, in order, piece by piece.
 
@@ -121,6 +122,7 @@ def piece_bits(
     Args:
         piece_tokens: targets of a piece, at most; fewer where the model's context is shorter.
         max_tokens: of each document, from its beginning; None: all.
+        begin: the first document.
     """
     for name, value in (
         ("piece_tokens", piece_tokens),
@@ -131,7 +133,7 @@ def piece_bits(
             raise ValueError(f"piece_bits: {name} must be >= 1, got {value}")
     longest = min(piece_tokens, model.config.max_position_embeddings)
     reads = corpus.lengths if max_tokens is None else np.minimum(corpus.lengths, max_tokens + 1)
-    pieces = _pieces(corpus, list(enumerate(reads.tolist())), longest)
+    pieces = _pieces(corpus, list(enumerate(reads.tolist()))[begin:], longest)
     with evaluating(model):
         for batch in _batches(pieces, batch_tokens):
             output, lengths = _forward(model, [piece for _, piece in batch], "none")

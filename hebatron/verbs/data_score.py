@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hebatron.verbs import Arguments, VerbGroup, add_verb, open_model
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 def register(group: VerbGroup) -> None:
@@ -32,6 +39,7 @@ def register(group: VerbGroup) -> None:
 def run(arguments: Arguments) -> int:
     from hebatron.data.corpus import Corpus, write_scores
     from hebatron.data.difficulty import METHOD, measure, score_weights, split_phases
+    from hebatron.data.model_bits import kept_file
     from hebatron.files import check_writable
     from hebatron.tokenizer import load_tokenizer
 
@@ -50,12 +58,17 @@ def run(arguments: Arguments) -> int:
     if arguments.tokenizer is not None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     corpus = Corpus.open(arguments.corpus, tokenizer)
-    columns = measure(corpus, tokenizer, model, weights=weights, model_tokens=arguments.model_tokens)
+    limit = arguments.model_tokens
+    kept = None if model is None else kept_file(arguments.corpus, corpus, model, limit)
+    report = Progress(corpus.lengths, limit)
+    columns = measure(corpus, tokenizer, model, weights=weights, model_tokens=limit, kept=kept, report=report)
     names = [name for name in columns if name != "difficulty"]
     method: dict[str, Any] = {"name": METHOD, "weights": score_weights(names, weights)}
     if model is not None:
-        method |= {"model": arguments.model.name, "model_tokens": arguments.model_tokens}
+        method |= {"model": arguments.model.name, "model_tokens": limit}
     write_scores(arguments.corpus, columns, method)
+    if kept is not None:
+        kept.unlink(missing_ok=True)
     phases = split_phases(columns["difficulty"], corpus.lengths, [1.0] * arguments.phases)
     for phase in range(arguments.phases):
         inside = phases == phase
@@ -68,6 +81,33 @@ def run(arguments: Arguments) -> int:
 
         print(plot_difficulty(Corpus.open(arguments.corpus, verify=False), arguments.plot, arguments.phases))
     return 0
+
+
+class Progress:
+    """How far a model has read, as lines on stderr: at the start, every EVERY seconds and at the end."""
+
+    EVERY = 10.0
+
+    def __init__(self, lengths: npt.NDArray[np.int64], most: int | None) -> None:
+        self.ends = [0, *itertools.accumulate(min(int(n), most or int(n)) for n in lengths)]
+        self.first: tuple[float, int] | None = None  # when it began, and after how many tokens
+        self.told = 0.0
+
+    def __call__(self, documents: int) -> None:
+        from hebatron.training.metrics import duration
+
+        now, tokens, total = time.monotonic(), self.ends[documents], self.ends[-1]
+        line = f"model: {documents:,} of {len(self.ends) - 1:,} documents read ({tokens / max(total, 1):.0%})"
+        if self.first is None:
+            self.first = now, tokens
+            line += "; a stop loses nothing, the same command goes on"
+        elif now - self.told < self.EVERY and tokens < total:
+            return
+        else:
+            speed = (tokens - self.first[1]) / (now - self.first[0])
+            line += f", {speed:,.0f} tokens/s, {duration((total - tokens) / max(speed, 1e-9))} to go"
+        self.told = now
+        print(line, file=sys.stderr, flush=True)
 
 
 def _weights(given: list[str]) -> dict[str, float]:

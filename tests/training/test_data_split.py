@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ from toy import toy_config, toy_train, write_corpora
 from hebatron.cli import main
 from hebatron.data.corpus import Corpus, read_index
 from hebatron.data.corpus_parts import split_corpus
+from hebatron.evaluation import evaluate
+from hebatron.evaluation.evaluate import piece_bits
 
 RUN_FILE = """
 run_dir = "{root}/by-difficulty"
@@ -67,6 +72,42 @@ def test_score_split_plan_and_train_by_the_command_line(
     assert (root / "by-difficulty" / "final" / "model.safetensors").is_file()
     cuts = [Corpus.open(parts / f"part-{n}").columns["difficulty"] for n in (1, 2)]
     assert cuts[0].max() <= cuts[1].min() and len(cuts[0]) + len(cuts[1]) == len(whole)
+
+
+def test_a_stopped_reading_goes_on_where_it_was(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a stopped `data score --model` has read is not read again, and the figures are those of one reading."""
+    folder, begun = root / "en", []
+
+    def stopping(*given: Any, stop: int | None, **options: Any) -> Iterator[Any]:
+        begun.append(options["begin"])
+        for piece in piece_bits(*given, **options):
+            if piece[0] == stop:
+                raise KeyboardInterrupt
+            yield piece
+
+    def score(stop: int | None, *more: str) -> int:
+        monkeypatch.setattr(evaluate, "piece_bits", functools.partial(stopping, stop=stop))
+        return main(["data", "score", str(folder), "--model", str(root / "run"), *more])
+
+    assert score(None) == 0
+    whole = Corpus.open(folder).columns
+    assert not list(folder.glob(".model_bits-*"))
+    assert score(7) == 130
+    (kept,) = folder.glob(".model_bits-*")
+    assert len(kept.read_text().splitlines()) == 6  # the seventh may have had another piece
+    kept.write_text(kept.read_text() + "[6, [[1.0, 3")  # the process was killed while writing
+    assert score(3, "--model-tokens", "5") == 130  # another request, which nothing was read for
+    assert score(9) == 130
+    capsys.readouterr()
+    assert score(None) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert begun == [0, 0, 0, 6, 8]
+    assert told[0].startswith("model: 8 of 40 documents read (") and "100%" in told[-1]
+    assert not kept.exists()
+    again = Corpus.open(folder).columns
+    assert {name: v.tolist() for name, v in again.items()} == {name: v.tolist() for name, v in whole.items()}
 
 
 def test_split_keeps_every_document_once(root: Path, tmp_path: Path) -> None:
