@@ -6,7 +6,8 @@ Hebrew and English of 28.9 % on average, 49 % in layer 10 and 4 % in the last la
 public, so compare the shape over layers and not the figure.)
 
 An alarm is a line for every layer whose entropy is under ENTROPY_ALARM, or whose Hebrew and English overlap by
-less than OVERLAP_ALARM. Too few tokens say nothing: a language is judged from ENOUGH_CHOICES choices an expert.
+less than OVERLAP_ALARM. Too few tokens say nothing: a language is judged from ENOUGH_CHOICES choices an expert. A
+language that a model of fresh weights has not read yet is not judged either: a base phase without Hebrew is no fault.
 
 E experts, K experts per token, T tokens, G languages.
 """
@@ -14,7 +15,7 @@ E experts, K experts per token, T tokens, G languages.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,12 +126,12 @@ def _rounded(load: Mapping[str, float]) -> dict[str, float]:
     return {key: round(value, 4) for key, value in load.items()}
 
 
-def alarms(health: Health) -> list[str]:
-    """One line for each layer and language that is under a threshold."""
+def alarms(health: Health, read: Collection[str] | None = None) -> list[str]:
+    """One line for each layer and language that is under a threshold; `read`: the languages to judge, None: all."""
     judged = {
         language: layers
         for language, layers in health["router_languages"].items()
-        if all(load["mean"] >= ENOUGH_CHOICES for load in layers)
+        if all(load["mean"] >= ENOUGH_CHOICES for load in layers) and (read is None or language in read)
     }
     lines = [
         f"router: expert layer {layer} has a load entropy of {load['load_entropy']:.2f} ln E on {language} "

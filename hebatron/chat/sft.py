@@ -123,6 +123,10 @@ class ChatRows:
         index = torch.tensor([languages.index(sample.lang) for sample in packed])
         return languages, index.repeat_interleave(torch.tensor([len(sample.ids) - 1 for sample in packed]))
 
+    def languages(self, rows: int) -> set[str]:
+        """The languages of the first `rows` rows."""
+        return {self.samples[i].lang for row in self.rows[:rows] for i in row}
+
     def describe(self) -> dict[str, Any]:
         """Rows, fill, and samples, tokens, learnt tokens, masked share in all and by task and language; for JSON."""
         groups: dict[str, list[Sample]] = defaultdict(list)

@@ -249,6 +249,15 @@ class Plan:
         index = np.array([languages.index(name) for name in named], np.int64)
         return languages, torch.from_numpy(index.repeat(segments[:, 3]))
 
+    def languages(self, rows: int) -> set[str]:
+        """The languages of the first `rows` rows."""
+        segments = self.segments[: self.row_segments[rows]]
+        return {
+            corpus.langs[lang]
+            for number, corpus in enumerate(self.corpora.values())
+            for lang in np.unique(corpus.lang_ids[segments[segments[:, 0] == number, 1]])
+        }
+
     def describe(self) -> dict[str, Any]:
         """Rows, (loss-bearing) tokens, anchor share, by phase as they run and by source; ready for JSON. A source's
         epochs count what is read of its documents, by the anchor or by phases, under any name, as its limits do."""

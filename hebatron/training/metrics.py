@@ -199,7 +199,7 @@ class PlainReporter:
             if record.get("chat_loss"):
                 self.note(f"step {record['step']}  chat loss: {bpb_text(record['chat_loss'])}")
             for line in record.get("alarms", ()):
-                self.note(f"ALARM step {record['step']}  {line}")
+                self.note(f"step {record['step']}  worth a look: {line}")
         elif record["kind"] == "alarm":
             self.note(alarm_text(record))
         elif record["kind"] == "sample":
@@ -251,7 +251,7 @@ class LiveReporter:
                 for name, value in values.items():
                     self.measured.setdefault(f"{what} {name}", []).append(value)
             for line in record.get("alarms", ()):
-                self.note(f"ALARM step {record['step']}  {line}")
+                self.note(f"step {record['step']}  worth a look: {line}")
         elif record["kind"] == "alarm":
             self.note(alarm_text(record))
         elif record["kind"] == "sample":

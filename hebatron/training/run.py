@@ -70,6 +70,13 @@ class Run:
         path = self.config.model.path
         return None if self.frozen is None or path is None else str(path.resolve())
 
+    @property
+    def languages_read(self) -> set[str] | None:
+        """Those of the rows so far; None, for unknown, where the run goes on from a model."""
+        if self.config.model.path is not None:
+            return None
+        return self.plan.languages(self.steps[self.step - 1].rows.stop)
+
     def prompt_ids(self, prompt: str) -> list[int]:
         """A sample prompt as the model gets it: for chats, as what a user says."""
         return _prompt_ids(prompt, self.tokenizer, self.chats)

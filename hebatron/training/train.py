@@ -267,7 +267,7 @@ def evaluation_records(run: Run, step: Record, counts: list[list[int]]) -> Itera
         **chats,
         "router_load": counts,
         **health,
-        "alarms": [line for told in judged or [step] for line in alarms(told)],
+        "alarms": [line for told in judged or [step] for line in alarms(told, run.languages_read)],
         "time": {"unix": time.time(), "seconds": time.monotonic() - began},
     }
     for prompt in settings.sample_prompts:

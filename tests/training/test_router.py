@@ -149,7 +149,10 @@ def test_a_run_with_a_collapsed_router_raises_the_alarm(
 
     monkeypatch.setattr("hebatron.training.train.open_run", collapsed)
     train(config, stop_after=5, reporter=Silent())
-    (record,) = [r for r in read_metrics(tmp_path) if r["kind"] == "eval" and r["step"] == 5]
+    base, record = (r for r in read_metrics(tmp_path) if r["kind"] == "eval")
+    assert (base["phase"], record["step"]) == ("base", 5)  # Hebrew is first read at step 5
+    assert not [line for line in base["alarms"] if " on he " in line or "Hebrew" in line]
+    assert [line for line in base["alarms"] if "ln E on en" in line]
     assert [line for line in record["alarms"] if "ln E on he" in line]
     PlainReporter(12, 1).event(record)
-    assert "ALARM step 5  router: expert layer 0" in capsys.readouterr().out
+    assert "step 5  worth a look: router: expert layer 0" in capsys.readouterr().out
