@@ -97,6 +97,13 @@ def test_wrong_usage_exits_with_two(argv: list[str], capsys: pytest.CaptureFixtu
     assert "usage: hebatron" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("argv", "verb"), [([], "train"), (["data"], "prepare")])
+def test_without_a_verb_all_are_told(argv: list[str], verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(argv)
+    assert caught.value.code == 2 and f"\n    {verb} " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "meant"),
     [

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hebatron.spelling import did_you_mean
 
@@ -34,6 +34,11 @@ class Parser(argparse.ArgumentParser):
             known = [str(choice) for choice in action.choices]
             told = f"must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}"
             raise argparse.ArgumentError(action, told)
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("required: VERB"):  # the verbs, with what they do
+            self.exit(2, self.format_help())
+        super().error(message)
 
     def refuse(self, words: list[str]) -> None:
         """The error of words that no argument takes."""
