@@ -89,10 +89,18 @@ HEBATRON_INLINE Vec multiply_add(Units a, Units b, Vec c) {
 #endif
 }
 
+// Bytes between what is multiplied and what is asked for, past the last-level cache, where a token's states may stay: 1.13
+// times as fast as lines that are kept, which were 1.10 times as fast as none.
+constexpr int64_t kStreamAhead = 1024;
+
 template <class T, int MR, int NV, int kFirst, int kCount>
 HEBATRON_INLINE void tile_part(Vec (&acc)[MR][NV], const T* const (&rows)[MR], int64_t ak, const T* b, int64_t units) {
   int64_t k = 0;
   for (int64_t u = 0; u < units; u++, k += ak, b += NV * kLanes * kUnit<T>) {
+    if constexpr (kLanes == 8 && MR == 1) {  // streamed: 10 steps of 128 bytes in flight do not keep Zen 3's DRAM busy
+      HEBATRON_UNROLL for (int64_t line = 0; line < NV * kLanes * 4; line += 64)
+        __builtin_prefetch((const char*)b + kStreamAhead + line, 0, 0);
+    }
     Units columns[kCount];
     HEBATRON_UNROLL for (int j = 0; j < kCount; j++) columns[j] = load_units(b + (kFirst + j) * kLanes * kUnit<T>);
     HEBATRON_UNROLL for (int i = 0; i < MR; i++) {
@@ -109,7 +117,7 @@ HEBATRON_INLINE void tile_part(Vec (&acc)[MR][NV], const T* const (&rows)[MR], i
 // kUnit<T> where k is contiguous); b is a panel of NV vectors, or the part of one from some step of k on.
 template <class T, int MR, int NV>
 HEBATRON_INLINE void tile(Vec (&acc)[MR][NV], const T* const (&rows)[MR], int64_t ak, const T* b, int64_t units) {
-  if constexpr (kLanes == 16 || NV <= 2) {
+  if constexpr (kLanes == 16 || NV <= 2 || MR == 1) {  // one row: memory would be read twice, half a line pair at a time
     tile_part<T, MR, NV, 0, NV>(acc, rows, ak, b, units);
   } else {
     tile_part<T, MR, NV, 0, 2>(acc, rows, ak, b, units);
@@ -265,6 +273,18 @@ HEBATRON_INLINE void store_pairs(bf16* to, Vec a, Vec b) {
 #endif
 }
 
+// The same of values that are bf16 already: only their order changes.
+HEBATRON_INLINE void store_pairs(bf16* to, const bf16* a, const bf16* b) {
+#if defined(HEBATRON_ISA_AVX2)
+  const __m128i first = _mm_loadu_si128((const __m128i*)a), second = _mm_loadu_si128((const __m128i*)b);
+  _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi16(first, second));
+  _mm_storeu_si128((__m128i*)to + 1, _mm_unpackhi_epi16(first, second));
+#else
+  store_pairs(to, load(a), load(b));
+#endif
+}
+HEBATRON_INLINE void store_pairs(bf16* to, const float* a, const float* b) { store_pairs(to, load(a), load(b)); }
+
 // One panel of B from rows: B(k, n) = row(k)[n], rounded to T; row(k) is a pointer to `columns` <= kTileColumns elements.
 template <class T, class Row>
 static void pack_rows(T* panel, const Row& row, int64_t k, int64_t columns, int vectors = kTileVectors) {
@@ -276,7 +296,7 @@ static void pack_rows(T* panel, const Row& row, int64_t k, int64_t columns, int 
     for (int64_t ahead = k0 + kAhead; ahead < std::min<int64_t>(k, k0 + kAhead + kUnit<T>); ahead++) prefetch(row(ahead), width);
     if constexpr (kUnit<T> == 2)
       if (columns == width && second) {
-        for (int64_t n = 0; n < width; n += kLanes) store_pairs(panel + n * 2, load(first + n), load(second + n));
+        for (int64_t n = 0; n < width; n += kLanes) store_pairs(panel + n * 2, first + n, second + n);
         continue;
       }
     for (int64_t n = 0; n < width; n += kLanes) {
