@@ -139,28 +139,36 @@ static void backward(const ConvBwdArgs& b, const Exec& exec) {
   }
 }
 
+// n <= kLanes channels from c on. kTaps is a.taps, or 0 for any number: known to the compiler, four times as fast.
+template <int kTaps, class T>
+static void update_lanes(const ConvUpdateArgs& a, int64_t q, int64_t c, int n) {
+  const int64_t taps = kTaps ? kTaps : a.taps, history = taps - 1;
+  T* state = (T*)a.state + (q * a.channels + c) * history;
+  T inputs[kTaps ? kTaps : kMaxTaps][kLanes] = {};
+  float weights[kTaps ? kTaps : kMaxTaps][kLanes] = {};
+  for (int64_t w = 0; w < taps; w++)
+    for (int lane = 0; lane < n; lane++) weights[w][lane] = a.weight[(c + lane) * taps + w];
+  for (int64_t w = 0; w < history; w++)
+    for (int lane = 0; lane < n; lane++) inputs[w][lane] = state[lane * history + w];
+  std::memcpy((void*)inputs[history], (const T*)a.x + q * a.x_stride + c, size_t(n) * sizeof(T));
+  for (int lane = 0; lane < n; lane++)
+    for (int64_t w = 0; w < history; w++) state[lane * history + w] = inputs[w + 1][lane];
+  Vec total = load(inputs[0]) * load(weights[0]);
+  for (int64_t w = 1; w < taps; w++) total = fma(load(inputs[w]), load(weights[w]), total);
+  if (a.bias) total = total + load_lanes(a.bias + c, n);
+  store_lanes((T*)a.y + q * a.channels + c, a.silu ? silu(total) : total, n);
+}
+
 template <class T>
 static void update(const ConvUpdateArgs& a, const Exec& exec) {
-  const int64_t history = a.taps - 1;
-#pragma omp parallel for num_threads(exec.threads) schedule(static)
-  for (int64_t q = 0; q < a.sequences; q++) {
-    const T* x = (const T*)a.x + q * a.x_stride;
+  for_tasks(a.sequences, exec.threads, [&](int64_t q) {
     for_lanes(a.channels, [&](int64_t c, int n) {
-      T* state = (T*)a.state + (q * a.channels + c) * history;
-      T inputs[kMaxTaps][kLanes] = {};
-      float weights[kMaxTaps][kLanes] = {};
-      for (int lane = 0; lane < n; lane++) {
-        for (int64_t w = 0; w < a.taps; w++) weights[w][lane] = a.weight[(c + lane) * a.taps + w];
-        for (int64_t w = 0; w < history; w++) inputs[w][lane] = state[lane * history + w];
-        inputs[history][lane] = x[c + lane];
-        for (int64_t w = 0; w < history; w++) state[lane * history + w] = inputs[w + 1][lane];
-      }
-      Vec total = load(inputs[0]) * load(weights[0]);
-      for (int64_t w = 1; w < a.taps; w++) total = fma(load(inputs[w]), load(weights[w]), total);
-      if (a.bias) total = total + load_lanes(a.bias + c, n);
-      store_lanes((T*)a.y + q * a.channels + c, a.silu ? silu(total) : total, n);
+      if (a.taps == 4 && n == kLanes)
+        update_lanes<4, T>(a, q, c, kLanes);
+      else
+        update_lanes<0, T>(a, q, c, n);
     });
-  }
+  });
 }
 
 static void check_shape(const char* op, int64_t channels, int64_t taps, int64_t sequences) {

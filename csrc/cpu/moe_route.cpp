@@ -127,18 +127,17 @@ static void forward(const MoeRouteArgs& a, const Exec& exec) {
   std::fill(a.counts, a.counts + a.experts, 0);
   const int threads = int(std::min<int64_t>({exec.threads, a.workers, std::max<int64_t>(1, a.tokens)}));
   const int64_t bytes = bytes_of_token(a);
-#pragma omp parallel num_threads(threads)
-  {
-    Workspace mine{space.base + worker() * bytes};
+  const auto tokens = [&](int64_t member, int64_t begin, int64_t end) {
+    Workspace mine{space.base + member * bytes};
     const Token token(a, mine);
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < a.tokens; t++) {
+    for (int64_t t = begin; t < end; t++) {
       int64_t* ids = a.ids + t * a.top_k;
       route<T>(a, t, token, ids);
       const double scale = a.normalize ? a.scale / sum_of_chosen(a, token, ids) : a.scale;
       for (int64_t k = 0; k < a.top_k; k++) a.weights[t * a.top_k + k] = float(token.score[ids[k]] * scale);
     }
-  }
+  };
+  for_tasks(threads, threads, [&](int64_t n) { tokens(n, a.tokens * n / threads, a.tokens * (n + 1) / threads); });
   for (int64_t s = 0; s < a.tokens * a.top_k; s++) a.counts[a.ids[s]]++;
 }
 

@@ -59,8 +59,7 @@ struct Row {
 
 template <class T, class W>
 static void forward(const RmsNormArgs& a, const Exec& exec) {
-#pragma omp parallel for num_threads(exec.threads) schedule(static)
-  for (int64_t row = 0; row < a.rows; row++) {
+  for_tasks(a.rows, exec.threads, [&](int64_t row) {
     Row<T> in(a, row);
     T* y = (T*)a.y + row * a.width;
     T* sums = a.sum ? (T*)a.sum + row * a.width : nullptr;
@@ -72,7 +71,7 @@ static void forward(const RmsNormArgs& a, const Exec& exec) {
         store_lanes(y + i, in.value(i, n) * scale * load_lanes((const W*)a.weight + i, n), n);
       });
     }
-  }
+  });
 }
 
 // With u the gated sum, n = u * rms^-1 and d = grad_y * weight:  du = rms^-1 * (d - n * mean(d * n)).

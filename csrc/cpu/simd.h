@@ -186,6 +186,18 @@ static inline Vec load_lanes(const T* p, int n) { return n == kLanes ? load(p) :
 template <class T>
 static inline void store_lanes(T* p, Vec a, int n) { n == kLanes ? store(p, a) : store(p, a, n); }
 
+// body(task) for all tasks, shared among the threads. One thread calls it as it is: it may be one of a parallel region that
+// runs this operator for itself.
+template <class Body>
+static inline void for_tasks(int64_t tasks, int threads, const Body& body) {
+  if (threads == 1) {
+    for (int64_t task = 0; task < tasks; task++) body(task);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t task = 0; task < tasks; task++) body(task);
+}
+
 // Stores past the caches, for what nobody reads soon: a line is not read before it is written. Whoever streams ends with
 // stream_end().
 #if defined(HEBATRON_ISA_AVX512) || defined(HEBATRON_ISA_AVX512_BF16)

@@ -17,8 +17,7 @@ static float softplus(float v) { return v > 40.0f ? v : std::log1p(std::exp(v));
 
 template <class T>
 static void update(const SsdUpdateArgs& a, const Exec& exec) {
-#pragma omp parallel for num_threads(exec.threads) schedule(static)
-  for (int64_t task = 0; task < a.sequences * a.heads; task++) {
+  for_tasks(a.sequences * a.heads, exec.threads, [&](int64_t task) {
     const int64_t q = task / a.heads, h = task % a.heads, group = h / (a.heads / a.groups);
     const T* x = (const T*)a.x + q * a.x_stride + h * a.head_dim;
     const T* B = (const T*)a.B + q * a.B_stride + group * a.state_dim;
@@ -39,7 +38,7 @@ static void update(const SsdUpdateArgs& a, const Exec& exec) {
       });
       from_float(a.D ? sum(dots) + a.D[h] * xp : sum(dots), y[p]);
     }
-  }
+  });
 }
 
 }  // namespace
