@@ -362,75 +362,7 @@ static AttentionDecodeArgs read_attention_decode(Reader& in, bool projected) {
 
 static AttentionDecodeArgs read(Reader& in, AttentionDecodeArgs*) { return read_attention_decode(in, true); }
 
-static AttentionStepArgs read(Reader& in, AttentionStepArgs*) {
-  AttentionStepArgs a{};
-  a.decode = read_attention_decode(in, false);
-  a.width = in.integer("width");
-  a.eps = in.real("eps");
-  a.x = in.pointer("x");
-  a.norm = (const float*)in.pointer("norm");
-  a.q_proj = in.pointer("q_proj");
-  a.k_proj = in.pointer("k_proj");
-  a.v_proj = in.pointer("v_proj");
-  a.o_proj = in.pointer("o_proj");
-  a.y = in.pointer("y");
-  return a;
-}
-
-static MambaStepArgs read(Reader& in, MambaStepArgs*) {
-  MambaStepArgs a{};
-  a.sequences = in.integer("sequences");
-  a.width = in.integer("width");
-  a.heads = in.integer("heads");
-  a.head_dim = in.integer("head_dim");
-  a.groups = in.integer("groups");
-  a.state_dim = in.integer("state_dim");
-  a.taps = in.integer("taps");
-  a.eps = in.real("eps");
-  a.dt_min = in.real("dt_min");
-  a.dt_max = in.real("dt_max");
-  a.dtype = in.dtype("dtype");
-  a.x = in.pointer("x");
-  a.norm = (const float*)in.pointer("norm");
-  a.in_proj = in.pointer("in_proj");
-  a.conv_state = in.pointer("conv_state");
-  a.conv_weight = (const float*)in.pointer("conv_weight");
-  a.conv_bias = (const float*)in.pointer("conv_bias");
-  a.state = (float*)in.pointer("state");
-  a.A = (const float*)in.pointer("A");
-  a.D = (const float*)in.pointer("D");
-  a.dt_bias = (const float*)in.pointer("dt_bias");
-  a.gate_norm = (const float*)in.pointer("gate_norm");
-  a.out_proj = in.pointer("out_proj");
-  a.y = in.pointer("y");
-  return a;
-}
-
-static MoeStepArgs read(Reader& in, MoeStepArgs*) {
-  MoeStepArgs a{};
-  a.tokens = in.integer("tokens");
-  a.width = in.integer("width");
-  a.experts = in.integer("experts");
-  a.top_k = in.integer("top_k");
-  a.groups = in.integer("groups");
-  a.kept_groups = in.integer("kept_groups");
-  a.expert_width = in.integer("expert_width");
-  a.shared_width = in.integer("shared_width");
-  a.normalize = in.integer("normalize") != 0;
-  a.eps = in.real("eps");
-  a.scale = in.real("scale");
-  a.dtype = in.dtype("dtype");
-  a.x = in.pointer("x");
-  a.norm = (const float*)in.pointer("norm");
-  a.router = in.pointer("router");
-  a.bias = (const float*)in.pointer("bias");
-  a.up = in.pointer("up");
-  a.down = in.pointer("down");
-  a.shared_up = in.pointer("shared_up");
-  a.shared_down = in.pointer("shared_down");
-  a.y = in.pointer("y");
-  return a;
-}
+#include "bindings_steps.h"
 #endif
 
 static GroupedGemmArgs read(Reader& in, GroupedGemmArgs*) {
@@ -544,6 +476,7 @@ PYBIND11_MODULE(HEBATRON_MODULE, m) {
   m.def(#name "_workspace", [](const py::kwargs& kw) { return backend::name##_workspace(parse<Args>(kw)); });
   HEBATRON_MODULE_OPS(HEBATRON_BIND)
 #ifdef HEBATRON_MODULE_CPU
+  m.def("decode_layers", &decode_layers);
   m.def("compiled_isas", &cpu::compiled_isas);
   m.def("available_isas", &cpu::available_isas);
   m.def("current_isa", &cpu::current_isa);

@@ -10,6 +10,7 @@ B rows, C convolution channels, W taps, H heads, P head dim, S state.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,16 @@ from .config import ModelConfig
 BLOCK_TOKENS = (
     64  # a page; small enough that a short row wastes little, large enough that the table stays short
 )
+
+
+NOTHING = torch.zeros(0, dtype=torch.int64)
+
+
+@lru_cache(maxsize=8)
+def _numbering(rows: int, columns: int, device: torch.device) -> Tensor:
+    """The same tensor from token to token."""
+    with torch.inference_mode(False):
+        return torch.arange(rows * columns, dtype=torch.int32, device=device).view(rows, columns)
 
 
 @dataclass
@@ -113,8 +124,7 @@ class Cache:
     @property
     def block_table(self) -> Tensor:
         """(B, blocks per row) int32."""
-        blocks = torch.arange(self.batch_size * self._blocks_per_row, dtype=torch.int32, device=self.device)
-        return blocks.view(self.batch_size, self._blocks_per_row)
+        return _numbering(self.batch_size, self._blocks_per_row, self.device)
 
     @property
     def bytes_used(self) -> int:
@@ -155,25 +165,27 @@ class Cache:
             state.staged = None  # left by a step that failed
         one_token = all(n == 1 for n in new_lengths)
         self.broken = one_token
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
+        if one_token:  # at every step of decoding: nothing is made that is not needed
+            return CacheStep(self, new_lengths, True, lengths, self.block_table, *[NOTHING] * 4)
         spans = zip(range(self.batch_size), self.lengths, totals)
         row_slots = self._blocks_per_row * BLOCK_TOKENS
         slots_T: list[Tensor] = []
         slots_S: list[Tensor] = []
-        if not one_token and self.pages:
+        if self.pages:
             for row, old, total in spans:
                 slots_T.append(torch.arange(row * row_slots + old, row * row_slots + total))
                 slots_S.append(torch.arange(row * row_slots, row * row_slots + total))
-        empty = torch.zeros(0, dtype=torch.int64)
         return CacheStep(
             cache=self,
             new_lengths=new_lengths,
-            one_token=one_token,
-            lengths=torch.tensor(self.lengths, dtype=torch.int32, device=self.device),
+            one_token=False,
+            lengths=lengths,
             block_table=self.block_table,
-            cu_seqlens_q=empty if one_token else self._ends(new_lengths),
-            cu_seqlens_k=empty if one_token else self._ends(totals),
-            slots_T=torch.cat(slots_T).to(self.device) if slots_T else empty,
-            slots_S=torch.cat(slots_S).to(self.device) if slots_S else empty,
+            cu_seqlens_q=self._ends(new_lengths),
+            cu_seqlens_k=self._ends(totals),
+            slots_T=torch.cat(slots_T).to(self.device) if slots_T else NOTHING,
+            slots_S=torch.cat(slots_S).to(self.device) if slots_S else NOTHING,
         )
 
     def commit(self, step: CacheStep) -> None:

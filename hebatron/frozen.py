@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hebatron_kernels import (
     AttentionStep,
+    DecodeStep,
     MambaStep,
     MoeStep,
     linear_pack,
@@ -23,6 +24,7 @@ from hebatron_kernels import (
     step_available,
 )
 
+from .cache import CacheStep
 from .model import Context, Experts, Hebatron, Layer, Linear, Router, RouterStats
 
 
@@ -112,6 +114,31 @@ class FrozenLayer(Layer):
         return self.token(x_TD), None
 
 
+class WholeToken:
+    """The next token of every layer, and its logits, in one call."""
+
+    def __init__(self, model: Hebatron, layers: list[FrozenLayer]) -> None:
+        self.kinds = [layer.kind for layer in layers]
+        norm, head = model.backbone.norm_f, model.lm_head
+        tokens = [layer.token for layer in layers]
+        table_VD = model.backbone.embeddings.weight.detach()
+        assert isinstance(head, FrozenLinear)
+        self.step = DecodeStep(table_VD, tokens, _vector(norm.weight), head.packed, norm.eps)
+
+    def __call__(self, ids_T: Tensor, step: CacheStep) -> tuple[Tensor, Tensor] | None:
+        """hidden_TD and logits_TV; None where the operators serve."""
+        if not step.one_token or not step_available():
+            return None
+        states: list[Tensor] = []
+        for layer, kind in enumerate(self.kinds):
+            if kind == "mamba":
+                state = step.mamba_state(layer)
+                states += (state.conv, state.ssm)
+            elif kind == "attention":
+                states.append(step.pages(layer))
+        return self.step(ids_T, states, step.block_table, step.lengths)
+
+
 def _vector(value: Tensor) -> Tensor:
     """As the operators read it at every call."""
     return value.detach().float().contiguous()
@@ -153,9 +180,9 @@ def freeze_for_inference(model: Hebatron) -> Hebatron:
 
     The embeddings are rounded to the compute dtype once instead of at every use; projections and routed experts are
     packed for the kernels (`hebatron_kernels.moe_pack`), one after another, so that only one is held twice; a layer's
-    next token is one call. No result changes by a bit. Parameters need no gradient afterwards; `train()`,
-    `load_state_dict` and optimizers refuse the model, and a state dict or an export holds the rounded weights in the
-    usual layout.
+    next token is one call, and where every layer has one, so is the whole model's. No result changes by a bit.
+    Parameters need no gradient afterwards; `train()`, `load_state_dict` and optimizers refuse the model, and a state
+    dict or an export holds the rounded weights in the usual layout.
 
     Args:
         model: computes in float32 or bfloat16. A frozen one is left as it is.
@@ -189,5 +216,8 @@ def freeze_for_inference(model: Hebatron) -> Hebatron:
     for index, layer in enumerate(layers):
         assert isinstance(layer, Layer)
         layers[index] = FrozenLayer(layer, dtype).eval()
+    frozen: Any = list(layers)
+    if all(layer.token is not None for layer in frozen):
+        model.whole_token = WholeToken(model, frozen)
     model.frozen = True
     return model

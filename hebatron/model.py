@@ -338,6 +338,8 @@ class Hebatron(nn.Module):
         self.compute_dtype = compute_dtype
         self.activation_checkpointing = False
         self.frozen = False  # by freeze_for_inference
+        # of a frozen model: (ids_T, step) to what the head sees and the logits, or to None where it cannot
+        self.whole_token: Callable[[Tensor, CacheStep], tuple[Tensor, Tensor] | None] | None = None
         self.draws_random_numbers = False  # in a training forward, as an adapter's dropout does
         # of tensors that stay fp32 in memory and came narrower: a checkpoint saved as it came is the same bytes
         self.stored_dtypes: dict[str, torch.dtype] = {}
@@ -445,6 +447,13 @@ class Hebatron(nn.Module):
         loss_reduction: str,
         embedding_noise: Tensor | None = None,
     ) -> Output:
+        last_only = packed.labels_T is None and (logits_to_keep is None or logits_to_keep == 1)
+        if self.whole_token is not None and step is not None and last_only:
+            token = self.whole_token(packed.ids_T, step)
+            if token is not None:
+                x_TD, logits_TV = token
+                logits = logits_TV[:, None] if logits_to_keep else packed.restore(logits_TV)
+                return Output(hidden_TD=x_TD, cache=cache, logits=logits)
         context = Context(packed.cu_seqlens, step, router_stats=step is None)
         x_TD, aux = self.hidden_states(packed.ids_T, context, embedding_noise)
         out = Output(hidden_TD=x_TD, cache=cache, aux=aux)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from .cache import Cache
 from .config import ModelConfig
+
+FEW_IDS = 64
 
 
 @dataclass(frozen=True)
@@ -48,20 +51,24 @@ def enter(
     loss_reduction: str,
 ) -> Packed:
     """Check everything a caller can get wrong, and take the padding out."""
-    must(isinstance(input_ids, Tensor), "input_ids", "be a tensor", type(input_ids).__name__)
-    others = (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens), ("labels", labels))
-    for name, value in others:
-        must(value is None or isinstance(value, Tensor), name, "be a tensor", type(value).__name__)
-    must(input_ids.device == device, "input_ids", f"be on {device} like the model", input_ids.device)
-    whole = not input_ids.is_floating_point() and input_ids.dtype != torch.bool and not input_ids.is_complex()
-    must(whole, "input_ids", "hold integers", input_ids.dtype)
+    # at every token of decoding: a message is put together only where it is needed
+    if not isinstance(input_ids, Tensor):
+        wrong("input_ids", "be a tensor", type(input_ids).__name__)
+    for name, value in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens), ("labels", labels)):
+        if value is not None and not isinstance(value, Tensor):
+            wrong(name, "be a tensor", type(value).__name__)
+    if input_ids.device != device:
+        wrong("input_ids", f"be on {device} like the model", input_ids.device)
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool or input_ids.is_complex():
+        wrong("input_ids", "hold integers", input_ids.dtype)
     shape = tuple(input_ids.shape)
     if cu_seqlens is not None:
         must(attention_mask is None, "cu_seqlens", "come without attention_mask", "both")
         must(len(shape) == 1 or (len(shape) == 2 and shape[0] == 1), "input_ids", "be (T,) or (1, T)", shape)
     else:
         must(len(shape) == 2, "input_ids", "have shape (B, L)", shape)
-    must(input_ids.numel() > 0, "input_ids", "hold at least one token", f"shape {shape}")
+    if 0 in shape:
+        wrong("input_ids", "hold at least one token", f"shape {shape}")
     if labels is not None:
         got = tuple(labels.shape)
         must(got == shape, "labels", f"have the shape of input_ids {shape}", got)
@@ -81,7 +88,7 @@ def enter(
             _check_ids(c, "labels", labels[labels != -100])
 
     kept_T, labels_T = None, None if labels is None else labels.flatten()
-    ids_T = input_ids.flatten().long()
+    ids_T = input_ids.reshape(-1).long()
     lengths = [shape[-1]] * (shape[0] if len(shape) == 2 else 1)
     if cu_seqlens is not None:
         lengths = [] if compiling else _check_cu_seqlens(cu_seqlens, input_ids)
@@ -94,21 +101,26 @@ def enter(
         cu_seqlens = ends.to(torch.int32).to(input_ids.device)
     if not compiling:
         longest, limit = max(lengths), c.max_position_embeddings
-        rule = f"stay within max_position_embeddings ({limit})"
-        must(longest <= limit, "a sequence", rule, f"{longest} tokens")
+        if longest > limit:
+            wrong("a sequence", f"stay within max_position_embeddings ({limit})", f"{longest} tokens")
         if labels_T is not None and loss_reduction == "mean":  # 0 / 0, and the cache half stepped by then
             must(bool((labels_T != -100).any()), "labels", "hold a target for a mean loss", "only -100")
     if cache is not None:
-        must(isinstance(cache, Cache), "cache", "be a Cache", type(cache).__name__)
+        if not isinstance(cache, Cache):
+            wrong("cache", "be a Cache", type(cache).__name__)
         cache.check_fits(c, device, lengths)
     must(n is None or bool(lengths), "logits_to_keep", "be None under torch.compile", n)
     return Packed(ids_T, labels_T, cu_seqlens, lengths, (1, *shape) if len(shape) == 1 else shape, kept_T)
 
 
 def _check_ids(c: ModelConfig, name: str, ids: Tensor) -> None:
-    low, high = (int(x) for x in torch.aminmax(ids))
-    inside = 0 <= low and high < c.vocab_size
-    must(inside, name, f"be in [0, {c.vocab_size})", low if low < 0 else high)
+    if ids.numel() <= FEW_IDS:  # as in decoding: an operator costs more than a Python number
+        values = ids.flatten().tolist()
+        low, high = min(values), max(values)
+    else:
+        low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or high >= c.vocab_size:
+        wrong(name, f"be in [0, {c.vocab_size})", low if low < 0 else high)
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, input_ids: Tensor) -> list[int]:
@@ -147,4 +159,8 @@ def _unpad(attention_mask: Tensor, input_ids: Tensor, allow_empty: bool) -> tupl
 
 def must(condition: bool, name: str, rule: str, value: object) -> None:
     if not condition:
-        raise ValueError(f"forward: {name} must {rule}, got {value}")
+        wrong(name, rule, value)
+
+
+def wrong(name: str, rule: str, value: object) -> NoReturn:
+    raise ValueError(f"forward: {name} must {rule}, got {value}")

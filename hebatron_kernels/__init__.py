@@ -6,6 +6,7 @@ from ._native import build_info
 from ._packing import linear_pack, linear_unpack, moe_pack, moe_unpack
 from .attention import attention_decode, attention_prefill
 from .conv import causal_conv1d, causal_conv1d_update
+from .decode_step import DecodeStep
 from .linear import linear, linear_packed
 from .loss import linear_cross_entropy
 from .moe import (
@@ -25,6 +26,7 @@ __all__ = [
     "OPERATORS",
     "AttentionStep",
     "BackendError",
+    "DecodeStep",
     "MambaStep",
     "MoeStep",
     "attention_decode",

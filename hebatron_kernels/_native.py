@@ -125,8 +125,7 @@ def unproven(kernels: Sequence[str], device: int) -> str | None:
 
 def wrote(*tensors: Tensor) -> None:
     """Tells autograd that a kernel changed these tensors, so that a graph which saved them refuses to go on."""
-    for value in tensors:
-        torch.autograd.graph.increment_version(value)
+    torch.autograd.graph.increment_version(tensors)
 
 
 def dtype_name(value: Tensor) -> str:

@@ -26,10 +26,12 @@ def step_available() -> bool:
     return native and _native.cpu_module is not None and not _native.emulating and not torch.is_grad_enabled()
 
 
-class _Step:
+class Step:
     """`numbers` and `tensors` are the kernel's arguments that stay, by keyword."""
 
     op: str
+    kind: int  # enum LayerKind of csrc/hebatron/ops.h
+    states: int  # tensors that are one layer's alone
 
     def __init__(
         self, given: tuple[Any, ...], numbers: dict[str, Any], tensors: dict[str, Tensor | None]
@@ -40,10 +42,15 @@ class _Step:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._given  # addresses are not copied
 
-    def _rows(self, x_QD: Tensor) -> int:
-        check.tensor(self.op, "x_QD", x_QD, None, self.width, dtypes=(self.dtype,))
-        _contiguous(self.op, x_QD=x_QD)
-        return x_QD.shape[0]
+    def arguments(self, Q: int, *state: Tensor) -> dict[str, Any]:
+        """The kernel's, for these states of Q sequences, without x and y."""
+        raise NotImplementedError
+
+    def _run(self, x_QD: Tensor, *state: Tensor) -> Tensor:
+        Q = _rows(self.op, x_QD, self.width, self.dtype)
+        y_QD = torch.empty_like(x_QD)
+        _native.call(self.op, **(self.arguments(Q, *state) | {"x": x_QD, "y": y_QD}))
+        return y_QD
 
     def _read(self, dtype: torch.dtype, width: int) -> None:
         if dtype not in _native.DTYPES:
@@ -51,7 +58,7 @@ class _Step:
         self.dtype, self.width = dtype, width
 
 
-class MambaStep(_Step):
+class MambaStep(Step):
     """A Mamba-2 layer: rms_norm, linear to z, x B C and dt, causal_conv1d_update with silu, ssd_update, rms_norm gated
     by z in G groups, linear, and the sum with x.
 
@@ -71,6 +78,7 @@ class MambaStep(_Step):
     """
 
     op = "mamba_step"
+    kind, states = 0, 2
 
     def __init__(
         self,
@@ -103,8 +111,8 @@ class MambaStep(_Step):
         _vectors(op, H, A_H=A_H, D_H=D_H, dt_bias_H=dt_bias_H)
         _vectors(op, H * head_dim, gate_norm=gate_norm)
         _vectors(op, C, conv_bias_C=conv_bias_C)
-        _packed(op, self.dtype, in_proj=in_proj, out_proj=out_proj)
-        _contiguous(op, norm_D=norm_D, conv_weight_CW=conv_weight_CW)
+        packed(op, self.dtype, in_proj=in_proj, out_proj=out_proj)
+        contiguous(op, norm_D=norm_D, conv_weight_CW=conv_weight_CW)
         self.conv_shape, self.state_shape = (C, taps - 1), (H, head_dim, state_dim)
         given = (norm_D, in_proj, conv_weight_CW, conv_bias_C, A_H, D_H, dt_bias_H, gate_norm, out_proj)
         names = ("norm", "in_proj", "conv_weight", "conv_bias", "A", "D", "dt_bias", "gate_norm", "out_proj")
@@ -123,19 +131,21 @@ class MambaStep(_Step):
         sizes = (head_dim, state_dim, groups, eps, dt_limit)
         super().__init__((*given, *sizes), numbers, dict(zip(names, given)))
 
-    def __call__(self, x_QD: Tensor, conv_state_QCK: Tensor, state_QHPS: Tensor) -> Tensor:
-        Q = self._rows(x_QD)
+    def arguments(self, Q: int, *state: Tensor) -> dict[str, Any]:
+        conv_state_QCK, state_QHPS = state
         check.tensor(self.op, "conv_state_QCK", conv_state_QCK, Q, *self.conv_shape, dtypes=(self.dtype,))
         check.tensor(self.op, "state_QHPS", state_QHPS, Q, *self.state_shape, dtypes=(torch.float32,))
-        _contiguous(self.op, conv_state_QCK=conv_state_QCK, state_QHPS=state_QHPS)
-        y_QD = torch.empty_like(x_QD)
-        states = {"conv_state": conv_state_QCK, "state": state_QHPS}
-        _native.call(self.op, **self._fixed, sequences=Q, x=x_QD, **states, y=y_QD)
+        contiguous(self.op, conv_state_QCK=conv_state_QCK, state_QHPS=state_QHPS)
+        states = {"conv_state": conv_state_QCK.data_ptr(), "state": state_QHPS.data_ptr()}
+        return self._fixed | states | {"sequences": Q}
+
+    def __call__(self, x_QD: Tensor, conv_state_QCK: Tensor, state_QHPS: Tensor) -> Tensor:
+        y_QD = self._run(x_QD, conv_state_QCK, state_QHPS)
         _native.wrote(conv_state_QCK, state_QHPS)
         return y_QD
 
 
-class MoeStep(_Step):
+class MoeStep(Step):
     """An expert layer: rms_norm, linear in fp32 to the router's logits, moe_route, moe_mlp_packed, the shared expert
     (linear, squared ReLU, linear), and both sums.
 
@@ -152,6 +162,7 @@ class MoeStep(_Step):
     """
 
     op = "moe_step"
+    kind, states = 1, 0
 
     def __init__(
         self,
@@ -176,9 +187,9 @@ class MoeStep(_Step):
         check.tensor(op, "bias_E", bias_E, None, dtypes=(torch.float32,))
         check.positive(op, expert_width=expert_width, shared_width=shared_width)
         self._read(up.dtype, norm_D.numel())
-        _packed(op, self.dtype, up=up, down=down, shared_up=shared_up, shared_down=shared_down)
+        packed(op, self.dtype, up=up, down=down, shared_up=shared_up, shared_down=shared_down)
         check.tensor(op, "router", router, None, dtypes=(torch.float32,))
-        _contiguous(op, norm_D=norm_D, bias_E=bias_E, router=router)
+        contiguous(op, norm_D=norm_D, bias_E=bias_E, router=router)
         given = (norm_D, router, bias_E, up, down, shared_up, shared_down)
         names = ("norm", "router", "bias", "up", "down", "shared_up", "shared_down")
         numbers = {
@@ -197,13 +208,14 @@ class MoeStep(_Step):
         sizes = (expert_width, shared_width, top_k, n_group, topk_group, normalize, scale, eps)
         super().__init__((*given, *sizes), numbers, dict(zip(names, given)))
 
+    def arguments(self, Q: int, *state: Tensor) -> dict[str, Any]:
+        return self._fixed | {"tokens": Q}
+
     def __call__(self, x_QD: Tensor) -> Tensor:
-        y_QD = torch.empty_like(x_QD)
-        _native.call(self.op, **self._fixed, tokens=self._rows(x_QD), x=x_QD, y=y_QD)
-        return y_QD
+        return self._run(x_QD)
 
 
-class AttentionStep(_Step):
+class AttentionStep(Step):
     """An attention layer: rms_norm, three linears, attention_decode, linear, and the sum with x.
 
     Args:
@@ -218,6 +230,7 @@ class AttentionStep(_Step):
     """
 
     op = "attention_step"
+    kind, states = 2, 1
 
     def __init__(
         self,
@@ -237,8 +250,8 @@ class AttentionStep(_Step):
         if heads % kv_heads:
             check.refuse(op, "heads", f"be a multiple of the {kv_heads} kv heads", heads)
         self._read(q_proj.dtype, norm_D.numel())
-        _packed(op, self.dtype, q_proj=q_proj, k_proj=k_proj, v_proj=v_proj, o_proj=o_proj)
-        _contiguous(op, norm_D=norm_D)
+        packed(op, self.dtype, q_proj=q_proj, k_proj=k_proj, v_proj=v_proj, o_proj=o_proj)
+        contiguous(op, norm_D=norm_D)
         self.key_shape = (kv_heads, head_dim)
         given = (norm_D, q_proj, k_proj, v_proj, o_proj)
         numbers = {
@@ -253,12 +266,12 @@ class AttentionStep(_Step):
         names = ("norm", "q_proj", "k_proj", "v_proj", "o_proj")
         super().__init__((*given, heads, kv_heads, head_dim, eps), numbers, dict(zip(names, given)))
 
-    def __call__(self, x_QD: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
-        op, Q = self.op, self._rows(x_QD)
+    def arguments(self, Q: int, *state: Tensor) -> dict[str, Any]:
+        op, (cache, block_table, lengths) = self.op, state
         check.tensor(op, "cache", cache, 2, None, None, *self.key_shape, dtypes=(self.dtype,))
         check.tensor(op, "block_table", block_table, Q, None, dtypes=(torch.int32,))
         check.tensor(op, "lengths", lengths, Q, dtypes=(torch.int32,))
-        _contiguous(op, cache=cache, block_table=block_table, lengths=lengths)
+        contiguous(op, cache=cache, block_table=block_table, lengths=lengths)
         _, blocks, block_size, _, _ = cache.shape
         pages = block_table.shape[1]
         if Q and (int(lengths.max()) >= pages * block_size or int(lengths.min()) < 0):
@@ -267,44 +280,49 @@ class AttentionStep(_Step):
             )
         if block_table.numel() and not 0 <= int(block_table.min()) <= int(block_table.max()) < blocks:
             check.refuse(op, "block_table", f"name blocks from 0 to {blocks - 1}", block_table.tolist())
-        y_QD = torch.empty_like(x_QD)
-        _native.call(
-            op,
-            **self._fixed,
-            sequences=Q,
-            block_size=block_size,
-            max_blocks=pages,
-            window=pages * block_size + 1,
-            workers=torch.get_num_threads(),
-            x=x_QD,
-            keys=cache[0],
-            values=cache[1],
-            block_stride=cache.stride(1),
-            row_stride=cache.stride(2),
-            head_stride=cache.stride(3),
-            block_table=block_table,
-            lengths=lengths,
-            y=y_QD,
-        )
+        keys = cache.data_ptr()
+        return self._fixed | {
+            "sequences": Q,
+            "block_size": block_size,
+            "max_blocks": pages,
+            "window": pages * block_size + 1,
+            "workers": torch.get_num_threads(),
+            "keys": keys,
+            "values": keys + cache.stride(0) * cache.element_size(),
+            "block_stride": cache.stride(1),
+            "row_stride": cache.stride(2),
+            "head_stride": cache.stride(3),
+            "block_table": block_table.data_ptr(),
+            "lengths": lengths.data_ptr(),
+        }
+
+    def __call__(self, x_QD: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor) -> Tensor:
+        y_QD = self._run(x_QD, cache, block_table, lengths)
         _native.wrote(cache)
         return y_QD
+
+
+def _rows(op: str, x_QD: Tensor, width: int, dtype: torch.dtype) -> int:
+    check.tensor(op, "x_QD", x_QD, None, width, dtypes=(dtype,))
+    contiguous(op, x_QD=x_QD)
+    return x_QD.shape[0]
 
 
 def _vectors(op: str, count: int, **values: Tensor | None) -> None:
     for arg, value in values.items():
         if value is not None:
             check.tensor(op, arg, value, count, dtypes=(torch.float32,))
-    _contiguous(op, **values)
+    contiguous(op, **values)
 
 
-def _packed(op: str, dtype: torch.dtype, **values: Tensor) -> None:
+def packed(op: str, dtype: torch.dtype, **values: Tensor) -> None:
     """The kernel holds their sizes against the layer's."""
     for arg, value in values.items():
         check.tensor(op, arg, value, None, dtypes=(dtype,))
-    _contiguous(op, **values)
+    contiguous(op, **values)
 
 
-def _contiguous(op: str, **values: Tensor | None) -> None:
+def contiguous(op: str, **values: Tensor | None) -> None:
     for arg, value in values.items():
         if value is not None and not (value.is_contiguous() and value.is_cpu):
             check.refuse(op, arg, "be contiguous on the CPU", f"strides {value.stride()} on {value.device}")

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/blocks.h"
+#include "cpu/team.h"
 
 namespace hebatron::HEBATRON_ISA_NAMESPACE {
 namespace {
@@ -193,6 +194,23 @@ static void write_new(const AttentionDecodeArgs& a) {
 }
 
 template <class T>
+static void decode_part(const AttentionDecodeArgs& a, const Plan<T>& plan, const std::vector<Part>& parts, int64_t n, int64_t thread) {
+  Workspace mine(plan.scratch + thread * plan.bytes_scratch);
+  const Scratch<T> scratch(mine, plan.group, a.head_dim);
+  Task<T>{a, plan, parts[n / a.kv_heads], n % a.kv_heads, scratch}.run(plan.partial(n));
+}
+
+// The parts that task n begins are put together, where it begins a sequence and a kv head.
+template <class T>
+static void join_part(const AttentionDecodeArgs& a, const Plan<T>& plan, const std::vector<Part>& parts, int64_t n) {
+  const int64_t first = n / a.kv_heads, sequence = parts[first].sequence;
+  if (first > 0 && parts[first - 1].sequence == sequence) return;
+  int64_t end = first;
+  while (end < int64_t(parts.size()) && parts[end].sequence == sequence) end++;
+  combine(a, plan, sequence, n % a.kv_heads, first, end);
+}
+
+template <class T>
 static void decode(const AttentionDecodeArgs& a, const Exec& exec) {
   const std::vector<Part> parts = parts_of(a);
   const Plan<T> plan(a, int64_t(parts.size()), exec.workspace);
@@ -202,19 +220,23 @@ static void decode(const AttentionDecodeArgs& a, const Exec& exec) {
   const int threads = int(std::min({int64_t(exec.threads), a.workers, std::max<int64_t>(1, tasks)}));
 #pragma omp parallel num_threads(threads)
   {
-    Workspace mine(plan.scratch + thread_number() * plan.bytes_scratch);
-    const Scratch<T> scratch(mine, plan.group, a.head_dim);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t n = 0; n < tasks; n++) Task<T>{a, plan, parts[n / a.kv_heads], n % a.kv_heads, scratch}.run(plan.partial(n));
+    for (int64_t n = 0; n < tasks; n++) decode_part(a, plan, parts, n, thread_number());
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < tasks; n++) {
-      const int64_t first = n / a.kv_heads, sequence = parts[first].sequence;
-      if (first > 0 && parts[first - 1].sequence == sequence) continue;
-      int64_t end = first;
-      while (end < int64_t(parts.size()) && parts[end].sequence == sequence) end++;
-      combine(a, plan, sequence, n % a.kv_heads, first, end);
-    }
+    for (int64_t n = 0; n < tasks; n++) join_part(a, plan, parts, n);
   }
+}
+
+template <class T>
+static void decode_member(const AttentionDecodeArgs& a, void* workspace, AttentionDecodePhase phase, int64_t id, int64_t count) {
+  if (phase == AttentionDecodePhase::write) {
+    if (id == 0) write_new<T>(a);
+    return;
+  }
+  const std::vector<Part> parts = parts_of(a);
+  const Plan<T> plan(a, int64_t(parts.size()), workspace);
+  for (int64_t n = id; n < int64_t(parts.size()) * a.kv_heads; n += count)
+    phase == AttentionDecodePhase::parts ? decode_part(a, plan, parts, n, id) : join_part(a, plan, parts, n);
 }
 
 static void check_args(const AttentionDecodeArgs& a) {
@@ -240,6 +262,10 @@ int64_t attention_decode_workspace(const AttentionDecodeArgs& a) {
 void attention_decode(const AttentionDecodeArgs& a, const Exec& exec) {
   check_args(a);
   return a.dtype == DType::f32 ? decode<float>(a, exec) : decode<bf16>(a, exec);
+}
+
+void attention_decode_member(const AttentionDecodeArgs& a, void* workspace, AttentionDecodePhase phase, int64_t id, int64_t count) {
+  a.dtype == DType::f32 ? decode_member<float>(a, workspace, phase, id, count) : decode_member<bf16>(a, workspace, phase, id, count);
 }
 
 }  // namespace hebatron::HEBATRON_ISA_NAMESPACE

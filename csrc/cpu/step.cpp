@@ -2,12 +2,12 @@
 // Grid      that of the operators it calls one after another; what lies between them is a row or two of the width.
 // Traffic   the layer's weights once, the states once.
 // Roofline  DRAM bound.
-// Measured  2026-11-28, Zen 4, 2 threads, scaled_570m in bf16: a token from Python 8.4 ms by operators with packed matrices, 4.9
-//           by steps, 2.9 if the same calls are made without Python between them. bench/bench_model.py.
+// Measured  as part of a token: decode_step.cpp. bench/bench_model.py.
 // Limits    fp32 and bf16; every matrix packed by moe_pack in the dtype of x (the router's in fp32).
 // Why so    from Python a call costs 20 us and more, as long as a small layer takes: a token of 10 layers was 75 calls. The
-//           operators themselves run here, so the result is theirs to the bit.
+//           operators themselves run here, so the result is theirs to the bit. One row goes through decode_step.
 #include "cpu/gemm.h"
+#include "cpu/team.h"
 
 namespace hebatron::HEBATRON_ISA_NAMESPACE {
 
@@ -141,33 +141,39 @@ static void attend(const AttentionStepArgs& a, Runner& r) {
   r.each((T*)a.y, (const T*)a.x, normed, Q * a.width, sum_of);
 }
 
-// The workspace is the same whatever the threads: as for all of this machine's.
-static Exec any_threads() {
-  Exec e{};
-#if defined(_OPENMP)
-  e.threads = omp_get_max_threads();
-#else
-  e.threads = 1;
-#endif
-  return e;
-}
-
 }  // namespace
 
-#define HEBATRON_STEP(name, Args, dtype_of, function)                                                             \
+// A single row of a layer goes the way of the whole token. The workspace is the same whatever the threads.
+static DecodeStepArgs alone(const LayerStepArgs& layer, int64_t width, DType dtype, const void* x, void* y) {
+  DecodeStepArgs a{};
+  a.count = 1, a.layers = &layer, a.rows = 1, a.width = width, a.dtype = dtype, a.x = x, a.hidden = y;
+  return a;
+}
+#define HEBATRON_STEP(name, Args, kind, field, rows, dtype_of, function)                                          \
   int64_t name##_workspace(const Args& a) {                                                                       \
-    const Exec any = any_threads();                                                                               \
+    if (rows == 1) {                                                                                              \
+      LayerStepArgs layer{kind, {}, {}, {}};                                                                      \
+      layer.field = a;                                                                                            \
+      return decode_step_workspace(alone(layer, a.width, dtype_of, a.x, a.y));                                    \
+    }                                                                                                             \
+    Exec any{};                                                                                                   \
+    any.threads = int(most_threads());                                                                            \
     Runner r(any, true);                                                                                          \
     dtype_of == DType::f32 ? function<float>(a, r) : function<bf16>(a, r);                                        \
     return r.space.bytes + r.most;                                                                                \
   }                                                                                                               \
   void name(const Args& a, const Exec& exec) {                                                                    \
+    if (rows == 1) {                                                                                              \
+      LayerStepArgs layer{kind, {}, {}, {}};                                                                      \
+      layer.field = a;                                                                                            \
+      return decode_step(alone(layer, a.width, dtype_of, a.x, a.y), exec);                                        \
+    }                                                                                                             \
     check(exec.bytes_workspace >= name##_workspace(a), #name, "workspace is too small", exec.bytes_workspace);    \
     Runner r(exec, false);                                                                                        \
     dtype_of == DType::f32 ? function<float>(a, r) : function<bf16>(a, r);                                        \
   }
-HEBATRON_STEP(mamba_step, MambaStepArgs, a.dtype, mamba)
-HEBATRON_STEP(moe_step, MoeStepArgs, a.dtype, experts)
-HEBATRON_STEP(attention_step, AttentionStepArgs, a.decode.dtype, attend)
+HEBATRON_STEP(mamba_step, MambaStepArgs, LayerKind::mamba, mamba, a.sequences, a.dtype, mamba)
+HEBATRON_STEP(moe_step, MoeStepArgs, LayerKind::experts, experts, a.tokens, a.dtype, experts)
+HEBATRON_STEP(attention_step, AttentionStepArgs, LayerKind::attention, attention, a.decode.sequences, a.decode.dtype, attend)
 
 }  // namespace hebatron::HEBATRON_ISA_NAMESPACE

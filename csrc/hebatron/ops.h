@@ -390,6 +390,33 @@ struct AttentionStepArgs {
   void* y;  // sequences, width
 };
 
+// One token of the whole model for every row: the layers one after another, hidden = rms_norm(x), logits = hidden head^T, rounded
+// to dtype. Of a layer's arguments x, y, the number of rows and attention's workers are unused, with `lengths` its lengths,
+// blocks and window too.
+enum class LayerKind : int { mamba = 0, experts = 1, attention = 2 };
+struct LayerStepArgs {
+  LayerKind kind;
+  MambaStepArgs mamba;
+  MoeStepArgs experts;
+  AttentionStepArgs attention;
+};
+struct DecodeStepArgs {
+  int64_t count;
+  const LayerStepArgs* layers;  // count
+  int64_t rows, width, entries, blocks, max_blocks;
+  double eps;
+  DType dtype;         // of x, table, hidden and the packed head
+  const void* x;       // rows, width; unused with ids
+  const int64_t* ids;  // rows: rows of the table; or null
+  const void* table;   // entries, width
+  const int32_t* block_table;  // rows, max_blocks, each below `blocks`, for all attention layers; or null
+  const int32_t* lengths;      // rows; or null
+  const float* norm;  // width; null: hidden is the last layer's result, and there are no logits
+  const void* head;   // packed: entries, width; or null
+  void* hidden;       // rows, width
+  float* logits;      // rows, entries
+};
+
 // The operators of each module: X(name, Args).
 #define HEBATRON_CPU_OPS(X)                  \
   X(rms_norm_fwd, RmsNormArgs)               \
@@ -413,6 +440,7 @@ struct AttentionStepArgs {
   X(mamba_step, MambaStepArgs)               \
   X(moe_step, MoeStepArgs)                   \
   X(attention_step, AttentionStepArgs)       \
+  X(decode_step, DecodeStepArgs)             \
   X(linear_cross_entropy_fwd, LossArgs)      \
   X(linear_cross_entropy_bwd, LossBwdArgs)
 #define HEBATRON_CUDA_OPS(X)            \

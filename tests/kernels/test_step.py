@@ -113,6 +113,156 @@ def test_attention_step_is_its_operators_to_the_bit(isa, dtype, Q, D, H, Hk, P):
         assert torch.equal(other, cache)
 
 
+class Model:
+    """Three layers and a head, as steps and by operators; `states` are those of Q sequences."""
+
+    def __init__(self, Q, dtype, D=40, V=37):
+        torch.manual_seed(Q)
+        H, P, G, S, W, E, F, F2, heads, kv, dim = 6, 8, 2, 12, 4, 9, 20, 24, 4, 2, 16
+        self.Q, self.G = Q, G
+        _, self.norm, self.gate_norm, self.matrices, conv, scan = mamba(Q, D, H, P, G, S, W, dtype)
+        self.conv, self.scan = conv[1:], scan[1:]
+        self.router, self.bias = draw(E, D), draw(E)
+        shapes = [(E, F, D), (E, D, F), (F2, D), (D, F2)]
+        self.experts = [draw(*s, dtype=dtype) for s in shapes]
+        shapes = [(heads * dim, D), (kv * dim, D), (kv * dim, D), (D, heads * dim)]
+        self.attention = [draw(*s, dtype=dtype) for s in shapes]
+        self.table, self.head = draw(V, D, dtype=dtype), draw(V, D, dtype=dtype)
+        self.block_table = torch.randperm(3 * Q).view(Q, 3).int()
+        self.states = [conv[0], scan[0], draw(2, 3 * Q, 4, kv, dim, dtype=dtype)]
+        pack = hk.linear_pack
+        first = hk.MambaStep(
+            *(
+                self.norm,
+                pack(self.matrices[0]),
+                *self.conv,
+                *self.scan,
+                self.gate_norm,
+                pack(self.matrices[1]),
+            ),
+            *(P, S, G, 1e-5, (0.0, INF)),
+        )
+        packed = [hk.moe_pack(w) for w in self.experts[:2]] + [pack(w) for w in self.experts[2:]]
+        second = hk.MoeStep(self.norm, pack(self.router), self.bias, *packed, F, F2, 2, 3, 2, True, 2.5, 1e-5)
+        third = hk.AttentionStep(self.norm, *map(pack, self.attention), heads, kv, dim, 1e-5)
+        self.layers = [first, second, third]
+        self.step = hk.DecodeStep(self.table, self.layers, self.norm, pack(self.head), 1e-5)
+
+    def by_operators(self, ids, states, lengths):
+        conv, scan, cache = states
+        scan = [scan, *self.scan]
+        x = mamba_by_operators(
+            self.table[ids],
+            self.norm,
+            self.gate_norm,
+            self.matrices,
+            [conv, *self.conv],
+            scan,
+            self.G,
+            (0.0, INF),
+        )
+        normed = hk.rms_norm(x, self.norm, 1e-5)
+        chosen = hk.moe_route(hk.linear(normed.float(), self.router), self.bias, 2, 3, 2, True, 2.5)
+        up, down, shared_up, shared_down = self.experts
+        shared = hk.linear(torch.relu(hk.linear(normed, shared_up)).square(), shared_down)
+        x = x + (hk.moe_mlp(normed, chosen[1], chosen[0], up, down) + shared)
+        normed = hk.rms_norm(x, self.norm, 1e-5)
+        q, k, v = (hk.linear(normed, w).unflatten(1, (-1, 16)) for w in self.attention[:3])
+        seen = hk.attention_decode(q, k, v, cache, self.block_table, lengths)
+        hidden = hk.rms_norm(x + hk.linear(seen.flatten(1), self.attention[3]), self.norm, 1e-5)
+        return hidden, hk.linear(hidden, self.head).float()
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("Q", [0, 1, 3])
+def test_decode_step_is_its_operators_to_the_bit(isa, dtype, Q):
+    with testing.use_isa(isa), torch.no_grad():
+        model = Model(Q, dtype)
+        others = [state.clone() for state in model.states]
+        for token in range(3):
+            ids = torch.randint(37, (Q,))
+            lengths = torch.tensor([3, 0, 7][:Q], dtype=torch.int32) + token
+            want = model.by_operators(ids, others, lengths)
+            got = model.step(ids, model.states, model.block_table, lengths)
+            assert all(torch.equal(a, b) for a, b in zip(got, want))
+            assert all(torch.equal(a, b) for a, b in zip(model.states, others))
+
+
+@pytest.mark.parametrize(
+    "threads", [1, 2, 3, 7]
+)  # a thread without a panel of its own; more threads than cores
+def test_decode_step_does_not_depend_on_the_threads(threads):
+    lengths, before = torch.tensor([9], dtype=torch.int32), torch.get_num_threads()
+    with torch.no_grad():
+        first, second = Model(1, torch.bfloat16), Model(1, torch.bfloat16)
+        want = first.step(torch.tensor([5]), first.states, first.block_table, lengths)
+        torch.set_num_threads(threads)
+        try:
+            got = second.step(torch.tensor([5]), second.states, second.block_table, lengths)
+        finally:
+            torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    assert all(torch.equal(a, b) for a, b in zip(second.states, first.states))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda step: pickle.loads(pickle.dumps(step))])
+def test_decode_step_notices_other_states_and_copies(copier):
+    ids, lengths = torch.tensor([5]), torch.tensor([2], dtype=torch.int32)
+    with torch.no_grad():
+        model = Model(1, torch.float32)
+        kept = [state.clone() for state in model.states]
+        want = model.step(ids, model.states, model.block_table, lengths)
+        for _ in range(2):
+            got = model.step(ids, [state.clone() for state in kept], model.block_table, lengths)
+            assert all(torch.equal(a, b) for a, b in zip(got, want))
+        for state, value in zip(model.states, kept):
+            state.data = value.clone()  # the tensor is the same, its memory is not
+        got = copier(model.step)(ids, [state.clone() for state in kept], model.block_table, lengths)
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+        got = model.step(ids, model.states, model.block_table, lengths)
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": torch.tensor([37])}, "decode_step: ids must be rows of the table, got 37"),
+        ({"ids": torch.tensor([-1])}, "ids must be rows of the table"),
+        ({"ids": torch.tensor([1], dtype=torch.int32)}, "ids_Q must have dtype int64"),
+        ({"lengths": torch.tensor([12], dtype=torch.int32)}, "lengths must lie in the blocks, got 12"),
+        ({"lengths": torch.tensor([-1], dtype=torch.int32)}, "lengths must lie in the blocks"),
+        ({"lengths": None}, "lengths must be a tensor"),
+        (
+            {"table": torch.tensor([[3, 1, 0]], dtype=torch.int32)},
+            "block_table must name blocks of the cache",
+        ),
+        ({"table": torch.zeros(2, 3, dtype=torch.int32)}, "block_table must have shape"),
+        ({"states": 2}, "states must be 3 tensors, got 2"),
+    ],
+)
+def test_decode_step_refuses(change, message):
+    with torch.no_grad():
+        model = Model(1, torch.float32)
+        given = {
+            "ids": torch.tensor([5]),
+            "table": model.block_table,
+            "lengths": torch.zeros(1, dtype=torch.int32),
+        }
+        given |= change
+        states = model.states[: change.get("states", 3)]
+        with pytest.raises(ValueError, match=message):
+            model.step(given["ids"], states, given["table"], given["lengths"])
+
+
+def test_decode_step_refuses_layers_of_another_width():
+    model = Model(1, torch.float32)
+    with pytest.raises(ValueError, match="decode_step: layers must have width 40"):
+        hk.DecodeStep(
+            draw(37, 40), [hk.MambaStep(*small()[0].values())], vector(40), model.step._given[3], 1e-5
+        )
+
+
 def test_step_is_available_where_native_would_be_chosen():
     with torch.no_grad():
         assert hk.step_available()
