@@ -365,6 +365,12 @@ static AttentionDecodeArgs read(Reader& in, AttentionDecodeArgs*) { return read_
 #include "bindings_steps.h"
 #endif
 
+static GroupedGemm implementation_of(Reader& in) {
+  const int64_t found = in.integer("implementation");
+  check(found >= 0 && found <= int(GroupedGemm::cutlass), "grouped_gemm", "implementation must be 0 to 3", found);
+  return GroupedGemm(found);
+}
+
 static GroupedGemmArgs read(Reader& in, GroupedGemmArgs*) {
   GroupedGemmArgs a{};
   a.rows = in.integer("rows");
@@ -384,14 +390,39 @@ static GroupedGemmArgs read(Reader& in, GroupedGemmArgs*) {
   a.b_k_major = in.integer("b_k_major") != 0;
   a.offsets = (const int32_t*)in.pointer("offsets");
   a.scale = (const float*)in.pointer("scale");
+  a.kept = in.pointer("kept");
+  a.row_sums = (float*)in.pointer("row_sums");
   a.out = in.pointer("out");
-  const int64_t implementation = in.integer("implementation");
-  check(implementation >= 0 && implementation <= int(GroupedGemm::cutlass), "grouped_gemm", "implementation must be 0 to 3", implementation);
-  a.implementation = GroupedGemm(implementation);
+  a.implementation = implementation_of(in);
   a.tile_m = in.integer("tile_m");
   a.tile_n = in.integer("tile_n");
   return a;
 }
+
+#ifndef HEBATRON_MODULE_CPU
+static GroupedGemmWgradArgs read(Reader& in, GroupedGemmWgradArgs*) {
+  GroupedGemmWgradArgs a{};
+  a.rows = in.integer("rows");
+  a.a_rows = in.integer("a_rows");
+  a.experts = in.integer("experts");
+  a.m = in.integer("m");
+  a.n = in.integer("n");
+  a.dtype = in.dtype("dtype");
+  a.out_dtype = in.dtype("out_dtype");
+  a.a = in.pointer("a");
+  a.a_stride = in.integer("a_stride");
+  a.rows_of_a = (const int32_t*)in.pointer("rows_of_a");
+  a.b = in.pointer("b");
+  a.b_stride = in.integer("b_stride");
+  a.offsets = (const int32_t*)in.pointer("offsets");
+  a.out = in.pointer("out");
+  a.transposed = in.integer("transposed") != 0;
+  a.implementation = implementation_of(in);
+  a.tile_m = in.integer("tile_m");
+  a.tile_n = in.integer("tile_n");
+  return a;
+}
+#endif
 
 template <class Args>
 static Args parse(const py::kwargs& kw) {

@@ -124,6 +124,7 @@ static void check_args(const GroupedGemmArgs& a) {
   check(a.n > 0, "grouped_gemm", "n must be > 0", a.n);
   check(a.k > 0, "grouped_gemm", "k must be > 0", a.k);
   check(a.workers > 0, "grouped_gemm", "workers must be > 0", a.workers);
+  check(!a.kept && !a.row_sums, "grouped_gemm", "kept and row_sums must be null on the CPU; rows", a.rows);
   check(a.implementation == GroupedGemm::automatic, "grouped_gemm", "implementation must be 0 on the CPU", int64_t(a.implementation));
 }
 

@@ -1,4 +1,4 @@
-// grouped_gemm_fwd on CUDA: checks the arguments and gives them to one of three implementations. One that is asked for
+// grouped_gemm_fwd and grouped_gemm_wgrad on CUDA: checks the arguments and gives them to one of the implementations. One that is asked for
 // by name is run or refused, never replaced; the automatic choice is a pure function of the arguments and the compute
 // capability, so it is tested without a GPU.
 #include "cuda/grouped_gemm.h"
@@ -41,6 +41,9 @@ void check_args(const GroupedGemmArgs& args) {
   const bool named = args.implementation != GroupedGemm::automatic;
   check(named || args.tile_m == 0, kOp, "tile_m must be 0 without an implementation", args.tile_m);
   check(named || args.tile_n == 0, kOp, "tile_n must be 0 without an implementation", args.tile_n);
+  const bool whole = !args.kept || (args.relu2 && args.scale && args.row_sums);
+  check(whole, kOp, "kept must come with relu2, scale and row_sums; relu2", args.relu2);
+  check(args.kept || !args.row_sums, kOp, "row_sums must be null without kept; rows", args.rows);
 }
 
 void check_pointers(const GroupedGemmArgs& args, const Exec& exec) {
@@ -50,9 +53,46 @@ void check_pointers(const GroupedGemmArgs& args, const Exec& exec) {
   check_pointer(kOp, "out", args.out, exec);
   if (args.rows_of_a) check_pointer(kOp, "rows_of_a", args.rows_of_a, exec);
   if (args.scale) check_pointer(kOp, "scale", args.scale, exec);
+  if (args.kept) check_pointer(kOp, "kept", args.kept, exec);
+  if (args.row_sums) check_pointer(kOp, "row_sums", args.row_sums, exec);
+}
+
+// ---- the gradient of the weights ----
+
+constexpr const char* kWgrad = "grouped_gemm_wgrad[cuda]";
+
+std::string sizes(const GroupedGemmWgradArgs& args) {
+  const auto text = [](int64_t v) { return std::to_string(v); };
+  return text(args.rows) + " rows, " + text(args.experts) + " experts, m " + text(args.m) + ", n " + text(args.n) +
+         ", tile " + text(args.tile_m) + "x" + text(args.tile_n);
+}
+
+void check_args(const GroupedGemmWgradArgs& args) {
+  check(args.rows >= 0 && args.rows <= 0x7fffffff, kWgrad, "rows must be between 0 and 2^31 - 1", args.rows);
+  check(args.a_rows >= 0, kWgrad, "a_rows must be >= 0", args.a_rows);
+  const bool indexed = args.rows_of_a || args.rows == 0;
+  check(indexed || args.a_rows == args.rows, kWgrad, "a_rows must equal rows without rows_of_a", args.a_rows);
+  check(args.experts >= 0, kWgrad, "experts must be >= 0", args.experts);
+  check(args.m >= 0, kWgrad, "m must be >= 0", args.m);
+  check(args.n >= 0, kWgrad, "n must be >= 0", args.n);
+  const bool named = args.implementation != GroupedGemm::automatic;
+  check(named || (args.tile_m == 0 && args.tile_n == 0), kWgrad, "the tile must be 0x0 without an implementation, tile_m", args.tile_m);
 }
 
 }  // namespace
+
+// sm90a where it can, else sm80; never the baseline. Throws with every reason when neither can.
+template <class Args>
+static GroupedGemm choose(const char* op, const Args& args, int compute_capability,
+                          const char* (*refuse)(GroupedGemm, const Args&, int)) {
+  std::string reasons;
+  for (GroupedGemm candidate : {GroupedGemm::sm90a, GroupedGemm::sm80}) {
+    const char* reason = refuse(candidate, args, compute_capability);
+    if (!reason) return candidate;
+    reasons += std::string(reasons.empty() ? "" : "; ") + name_of(candidate) + ": " + reason;
+  }
+  fail(std::string(op) + ": the arguments must suit an implementation (" + reasons + "), got " + sizes(args));
+}
 
 #ifndef HEBATRON_CUTLASS
 const char* refuse_grouped_gemm_cutlass(const GroupedGemmArgs&) {
@@ -79,13 +119,7 @@ const char* refuse_grouped_gemm(GroupedGemm implementation, const GroupedGemmArg
 }
 
 GroupedGemm choose_grouped_gemm(const GroupedGemmArgs& args, int compute_capability) {
-  std::string reasons;
-  for (GroupedGemm candidate : {GroupedGemm::sm90a, GroupedGemm::sm80}) {
-    const char* reason = refuse_grouped_gemm(candidate, args, compute_capability);
-    if (!reason) return candidate;
-    reasons += std::string(reasons.empty() ? "" : "; ") + name_of(candidate) + ": " + reason;
-  }
-  fail(std::string(kOp) + ": the arguments must suit an implementation (" + reasons + "), got " + sizes(args));
+  return choose(kOp, args, compute_capability, refuse_grouped_gemm);
 }
 
 int64_t grouped_gemm_fwd_workspace(const GroupedGemmArgs& args) {
@@ -120,6 +154,48 @@ void grouped_gemm_fwd(const GroupedGemmArgs& args, const Exec& exec) {
     case GroupedGemm::automatic:
       break;
   }
+}
+
+const char* refuse_grouped_gemm_wgrad(GroupedGemm implementation, const GroupedGemmWgradArgs& args, int compute_capability) {
+  switch (implementation) {
+    case GroupedGemm::sm80:
+      return compute_capability < 80 ? "needs compute capability 8.0 or later" : refuse_grouped_gemm_wgrad_sm80(args);
+    case GroupedGemm::sm90a:
+      return compute_capability != 90 ? "runs on compute capability 9.0 only" : refuse_grouped_gemm_wgrad_sm90(args);
+    case GroupedGemm::cutlass:
+      return "CUTLASS's baseline has no gradient of the weights";
+    case GroupedGemm::automatic:
+      break;
+  }
+  return "names no implementation";
+}
+
+GroupedGemm choose_grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, int compute_capability) {
+  return choose(kWgrad, args, compute_capability, refuse_grouped_gemm_wgrad);
+}
+
+int64_t grouped_gemm_wgrad_workspace(const GroupedGemmWgradArgs&) { return 0; }
+
+void grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, const Exec& exec) {
+  check_args(args);
+  if (args.experts == 0 || args.m == 0 || args.n == 0) return;
+  const DeviceGuard guard(exec);
+  check_pointer(kWgrad, "out", args.out, exec);
+  if (args.rows == 0 || args.a_rows == 0) {  // no product has a term
+    const size_t bytes = args.out_dtype == DType::f32 ? sizeof(float) : sizeof(__nv_bfloat16);
+    return fill_zero(kWgrad, args.out, size_t(args.experts) * size_t(args.m) * size_t(args.n) * bytes, exec);
+  }
+  check_pointer(kWgrad, "a", args.a, exec);
+  check_pointer(kWgrad, "b", args.b, exec);
+  check_pointer(kWgrad, "offsets", args.offsets, exec);
+  if (args.rows_of_a) check_pointer(kWgrad, "rows_of_a", args.rows_of_a, exec);
+  GroupedGemm chosen = args.implementation;
+  if (chosen == GroupedGemm::automatic) {
+    chosen = choose_grouped_gemm_wgrad(args, compute_capability(exec));
+  } else if (const char* reason = refuse_grouped_gemm_wgrad(chosen, args, compute_capability(exec))) {
+    fail("grouped_gemm_wgrad[" + std::string(name_of(chosen)) + "]: " + reason + ", got " + sizes(args));
+  }
+  chosen == GroupedGemm::sm90a ? grouped_gemm_wgrad_sm90(args, exec) : grouped_gemm_wgrad_sm80(args, exec);
 }
 
 }  // namespace hebatron::cuda

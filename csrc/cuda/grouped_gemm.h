@@ -28,10 +28,20 @@ const char* refuse_grouped_gemm_cutlass(const GroupedGemmArgs& args);
 int64_t grouped_gemm_cutlass_workspace(const GroupedGemmArgs& args);
 void grouped_gemm_cutlass(const GroupedGemmArgs& args, const Exec& exec);
 
+// The gradient of the weights, grouped_gemm_wgrad: a grid over (expert, tile of m x n), the expert's rows summed over.
+const char* refuse_grouped_gemm_wgrad_sm80(const GroupedGemmWgradArgs& args);
+void grouped_gemm_wgrad_sm80(const GroupedGemmWgradArgs& args, const Exec& exec);
+const char* refuse_grouped_gemm_wgrad_sm90(const GroupedGemmWgradArgs& args);
+void grouped_gemm_wgrad_sm90(const GroupedGemmWgradArgs& args, const Exec& exec);
+
 // Why `implementation` cannot run `args` on a chip of this compute capability (90 for sm_90), or null.
 const char* refuse_grouped_gemm(GroupedGemm implementation, const GroupedGemmArgs& args, int compute_capability);
 
 // What GroupedGemm::automatic means there: sm90a, else sm80; never cutlass. Throws with every reason when neither can.
 GroupedGemm choose_grouped_gemm(const GroupedGemmArgs& args, int compute_capability);
+
+// The same for the gradient of the weights.
+const char* refuse_grouped_gemm_wgrad(GroupedGemm implementation, const GroupedGemmWgradArgs& args, int compute_capability);
+GroupedGemm choose_grouped_gemm_wgrad(const GroupedGemmWgradArgs& args, int compute_capability);
 
 }  // namespace hebatron::cuda

@@ -295,6 +295,7 @@ Sm80Tile sm80_tile(const GroupedGemmArgs& g, int bytes_shared) {
 }
 
 const char* refuse_grouped_gemm_sm80(const GroupedGemmArgs& g) {
+  if (g.kept) return "has no way back through relu2";
   if (g.k % kChunk || g.n % kChunk || g.k == 0 || g.n == 0) return "k and n must be multiples of 8, and not 0";
   if (g.a_stride % kChunk || g.b_stride % kChunk || g.b_expert_stride % kChunk)
     return "the strides of a and b must be multiples of 8";
@@ -314,6 +315,11 @@ void grouped_gemm_sm80(const GroupedGemmArgs& g, const Exec& exec) {
   if (tile.m == 64) return run<Tile80<64, 128, 32, 2, 4, 3>>(g, exec);
   if (tile.stages == 3) return run<Tile80<128, 128, 32, 2, 3, 2>>(g, exec);
   return run<Tile80<128, 128, 32, 2, 4, 2>>(g, exec);
+}
+
+const char* refuse_grouped_gemm_wgrad_sm80(const GroupedGemmWgradArgs&) { return "has no kernel for the gradient of the weights"; }
+void grouped_gemm_wgrad_sm80(const GroupedGemmWgradArgs& args, const Exec&) {
+  fail(std::string("grouped_gemm_wgrad[sm80]: ") + refuse_grouped_gemm_wgrad_sm80(args));
 }
 
 }  // namespace hebatron::cuda

@@ -357,6 +357,7 @@ GroupedGemmTile sm90_tile(int64_t rows, int64_t experts, int64_t n, int64_t sms)
 }
 
 const char* refuse_grouped_gemm_sm90(const GroupedGemmArgs& args) {
+  if (args.kept) return "has no way back through relu2";
   constexpr int64_t kMaxInt = 0x7fffffff, kMaxStride = int64_t(1) << 39;
   const int64_t b_expert_stride = args.experts == 1 ? args.b_stride : args.b_expert_stride;  // of one: any
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
@@ -395,6 +396,11 @@ void grouped_gemm_sm90(const GroupedGemmArgs& args, const Exec& exec) {
                           : run<Config<tile_m, tile_n, false>>(args, exec, sms);
   HEBATRON_SM90_TILES(HEBATRON_SM90_RUN)
   fail(std::string(kOp) + ": " + refuse_grouped_gemm_sm90(args));
+}
+
+const char* refuse_grouped_gemm_wgrad_sm90(const GroupedGemmWgradArgs&) { return "has no kernel for the gradient of the weights"; }
+void grouped_gemm_wgrad_sm90(const GroupedGemmWgradArgs& args, const Exec&) {
+  fail(std::string("grouped_gemm_wgrad[sm90]: ") + refuse_grouped_gemm_wgrad_sm90(args));
 }
 
 }  // namespace hebatron::cuda

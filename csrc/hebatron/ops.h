@@ -222,7 +222,29 @@ struct GroupedGemmArgs {
   bool b_k_major;            // whether k is the contiguous dimension of b
   const int32_t* offsets;    // experts: cumulative ends, rising, the last one at most rows
   const float* scale;        // rows, or null
+  const void* kept;          // rows, n, contiguous; or null, always so on the CPU. With kept, relu2 and scale:
+  float* row_sums;           // rows
   void* out;                 // rows, n, contiguous
+  GroupedGemm implementation;
+  int64_t tile_m, tile_n;  // 0, 0: the implementation chooses
+};
+// With kept, the way back through out' = relu(h)^2 * scale, whose out' is kept: for the gradient g = a b[e] of out',
+// out = 2 sqrt(scale kept) g, which is that of h, and row_sums[r] = sum over n of g kept / scale, that of scale. Both are 0
+// in a row whose scale is 0.
+
+// out[e] = sum over the rows r of expert e of a[row(r)]^T b[r], fp32 accumulate: the gradient of the weights. Zeros for an
+// expert without rows; rows past the last end count nowhere.
+struct GroupedGemmWgradArgs {
+  int64_t rows, a_rows, experts, m, n;
+  DType dtype, out_dtype;  // of a and b; of out
+  const void* a;           // a_rows, m
+  int64_t a_stride;
+  const int32_t* rows_of_a;  // rows, each in [0, a_rows); or null, and then a_rows == rows
+  const void* b;             // rows, n
+  int64_t b_stride;
+  const int32_t* offsets;  // experts: cumulative ends, rising, the last one at most rows
+  void* out;               // experts, m, n, contiguous; transposed: experts, n, m
+  bool transposed;
   GroupedGemm implementation;
   int64_t tile_m, tile_n;  // 0, 0: the implementation chooses
 };
@@ -443,14 +465,15 @@ struct DecodeStepArgs {
   X(decode_step, DecodeStepArgs)             \
   X(linear_cross_entropy_fwd, LossArgs)      \
   X(linear_cross_entropy_bwd, LossBwdArgs)
-#define HEBATRON_CUDA_OPS(X)            \
-  X(rms_norm_fwd, RmsNormArgs)          \
-  X(rms_norm_bwd, RmsNormBwdArgs)       \
-  X(grouped_gemm_fwd, GroupedGemmArgs)  \
-  X(moe_route_fwd, MoeRouteArgs)        \
-  X(moe_route_bwd, MoeRouteBwdArgs)     \
-  X(moe_permute_fwd, MoePermuteArgs)    \
-  X(moe_combine_fwd, MoeCombineArgs)    \
+#define HEBATRON_CUDA_OPS(X)                \
+  X(rms_norm_fwd, RmsNormArgs)              \
+  X(rms_norm_bwd, RmsNormBwdArgs)           \
+  X(grouped_gemm_fwd, GroupedGemmArgs)      \
+  X(grouped_gemm_wgrad, GroupedGemmWgradArgs) \
+  X(moe_route_fwd, MoeRouteArgs)            \
+  X(moe_route_bwd, MoeRouteBwdArgs)         \
+  X(moe_permute_fwd, MoePermuteArgs)        \
+  X(moe_combine_fwd, MoeCombineArgs)        \
   X(moe_combine_bwd, MoeCombineBwdArgs)
 
 #define HEBATRON_DECLARE(name, Args)             \

@@ -146,6 +146,8 @@ def grouped_gemm(
         b_k_major=int(_stored_by_output(b_EKM)),
         offsets=offsets_E.contiguous(),
         scale=None if scale_N is None else scale_N.float().contiguous(),
+        kept=None,
+        row_sums=None,
         out=out_NM,
         implementation=0 if name is None else IMPLEMENTATIONS[name],
         tile_m=tile_m,

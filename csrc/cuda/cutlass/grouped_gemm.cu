@@ -191,6 +191,7 @@ bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 }  // namespace
 
 const char* refuse_grouped_gemm_cutlass(const GroupedGemmArgs& args) {
+  if (args.kept) return "has no way back through relu2";
   if (args.rows_of_a) return "gathers no rows: needs them in place (moe_permute first)";
   if (!args.b_k_major) return "needs b with K contiguous, a transposed view of (experts, N, K)";
   if (args.tile_m || args.tile_n) {
