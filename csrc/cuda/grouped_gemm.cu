@@ -1,6 +1,6 @@
-// grouped_gemm_fwd and grouped_gemm_wgrad on CUDA: checks the arguments and gives them to one of the implementations. One that is asked for
-// by name is run or refused, never replaced; the automatic choice is a pure function of the arguments and the compute
-// capability, so it is tested without a GPU.
+// grouped_gemm_fwd and grouped_gemm_wgrad on CUDA: checks the arguments and gives them to one of the implementations. One
+// that is asked for by name is run or refused, never replaced; the automatic choice is a pure function of the arguments
+// and the compute capability, so it is tested without a GPU.
 #include "cuda/grouped_gemm.h"
 
 #include "cuda/prim.cuh"
@@ -123,16 +123,23 @@ GroupedGemm choose_grouped_gemm(const GroupedGemmArgs& args, int compute_capabil
 }
 
 int64_t grouped_gemm_fwd_workspace(const GroupedGemmArgs& args) {
+  if (args.kept) return (args.n + kPieceColumns - 1) / kPieceColumns * args.rows * int64_t(sizeof(float));
   return args.implementation == GroupedGemm::cutlass ? grouped_gemm_cutlass_workspace(args) : 0;
 }
 
 void grouped_gemm_fwd(const GroupedGemmArgs& args, const Exec& exec) {
   check_args(args);
-  if (args.rows == 0 || args.n == 0) return;
+  if (args.rows == 0 || (args.n == 0 && !args.kept)) return;
   const DeviceGuard guard(exec);
-  if (args.a_rows == 0 || args.experts == 0 || args.k == 0) {  // no product has a term
-    check_pointer(kOp, "out", args.out, exec);
-    fill_zero(kOp, args.out, size_t(args.rows) * size_t(args.n) * sizeof(__nv_bfloat16), exec);
+  if (args.n == 0 || args.a_rows == 0 || args.experts == 0 || args.k == 0) {  // no product has a term
+    if (args.n > 0) {
+      check_pointer(kOp, "out", args.out, exec);
+      fill_zero(kOp, args.out, size_t(args.rows) * size_t(args.n) * sizeof(__nv_bfloat16), exec);
+    }
+    if (args.row_sums) {
+      check_pointer(kOp, "row_sums", args.row_sums, exec);
+      fill_zero(kOp, args.row_sums, size_t(args.rows) * sizeof(float), exec);
+    }
     return;
   }
   check_pointers(args, exec);

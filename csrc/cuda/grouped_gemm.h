@@ -4,6 +4,9 @@
 
 namespace hebatron::cuda {
 
+// With kept, the workspace holds the row sums of pieces of at least so many columns, float[pieces][rows]: grouped_gemm.cuh.
+constexpr int64_t kPieceColumns = 64;
+
 const char* refuse_grouped_gemm_sm80(const GroupedGemmArgs& args);
 void grouped_gemm_sm80(const GroupedGemmArgs& args, const Exec& exec);
 // The tile that runs: args' own, or one by the mean rows of an expert; its stages by the shared memory a block may have.

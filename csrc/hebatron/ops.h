@@ -229,8 +229,8 @@ struct GroupedGemmArgs {
   int64_t tile_m, tile_n;  // 0, 0: the implementation chooses
 };
 // With kept, the way back through out' = relu(h)^2 * scale, whose out' is kept: for the gradient g = a b[e] of out',
-// out = 2 sqrt(scale kept) g, which is that of h, and row_sums[r] = sum over n of g kept / scale, that of scale. Both are 0
-// in a row whose scale is 0.
+// out = 2 sqrt(scale kept) g with the sign of scale, which is that of h, and row_sums[r] = sum over n of g kept / scale,
+// that of scale. Both are 0 in a row whose scale is 0.
 
 // out[e] = sum over the rows r of expert e of a[row(r)]^T b[r], fp32 accumulate: the gradient of the weights. Zeros for an
 // expert without rows; rows past the last end count nowhere.

@@ -227,6 +227,7 @@ HEBATRON_DEVICE void grid_dependency_wait() {}  // launches run one after anothe
 HEBATRON_DEVICE void grid_dependency_launch() {}
 HEBATRON_DEVICE float exp2_approx(float v) { return exp2f(v); }
 HEBATRON_DEVICE float exp_approx(float v) { return expf(v); }
+HEBATRON_DEVICE float sqrt_approx(float v) { return sqrtf(v); }
 HEBATRON_DEVICE float rsqrt_approx(float v) { return 1.0f / sqrtf(v); }
 
 // The host side (csrc/cuda/prim/host.cuh).

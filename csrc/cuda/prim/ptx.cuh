@@ -240,6 +240,11 @@ HEBATRON_DEVICE float exp2_approx(float v) {
   return r;
 }
 HEBATRON_DEVICE float exp_approx(float v) { return __expf(v); }
+HEBATRON_DEVICE float sqrt_approx(float v) {  // sqrtf's slow path is a call, and calls serialise wgmma (C7510)
+  float r;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
 HEBATRON_DEVICE float rsqrt_approx(float v) { return rsqrtf(v); }
 
 }  // namespace hebatron::cuda
