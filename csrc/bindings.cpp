@@ -399,7 +399,6 @@ static GroupedGemmArgs read(Reader& in, GroupedGemmArgs*) {
   return a;
 }
 
-#ifndef HEBATRON_MODULE_CPU
 static GroupedGemmWgradArgs read(Reader& in, GroupedGemmWgradArgs*) {
   GroupedGemmWgradArgs a{};
   a.rows = in.integer("rows");
@@ -407,6 +406,7 @@ static GroupedGemmWgradArgs read(Reader& in, GroupedGemmWgradArgs*) {
   a.experts = in.integer("experts");
   a.m = in.integer("m");
   a.n = in.integer("n");
+  a.workers = in.integer("workers");
   a.dtype = in.dtype("dtype");
   a.out_dtype = in.dtype("out_dtype");
   a.a = in.pointer("a");
@@ -422,7 +422,6 @@ static GroupedGemmWgradArgs read(Reader& in, GroupedGemmWgradArgs*) {
   a.tile_n = in.integer("tile_n");
   return a;
 }
-#endif
 
 template <class Args>
 static Args parse(const py::kwargs& kw) {

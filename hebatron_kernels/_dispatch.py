@@ -78,6 +78,7 @@ class Operator:
         fake: shapes of the results from the arguments, for torch.compile.
         fake_keep: shapes of what the backward is handed beside the arguments, where a form keeps any.
         keep_results: whether that begins with the results themselves.
+        fake_gradients: the gradients of such a form from the arguments; missing: contiguous ones.
         differentiable: False for the operators that update a state in place or read packed weights.
     """
 
@@ -91,6 +92,7 @@ class Operator:
         differentiable: bool = True,
         fake_keep: Callable[..., tuple[Tensor, ...]] | None = None,
         keep_results: bool = False,
+        fake_gradients: Callable[..., list[Tensor]] | None = None,
     ) -> None:
         self.name, self.modules = name, modules
         self.differentiable, self.keep_results = differentiable, keep_results
@@ -108,7 +110,7 @@ class Operator:
                 self.private, getattr(torch.ops.hebatron, f"_{name}_bwd").default
             )
         if fake_keep is not None:
-            self.keeping = self._keeping_function(arguments, returns, fake, fake_keep)
+            self.keeping = self._keeping_function(arguments, returns, fake, fake_keep, fake_gradients)
         OPERATORS[name] = self
 
     def _form(self, backend: str, name: str) -> Any:
@@ -117,7 +119,12 @@ class Operator:
         return partial(_native.emulated, function) if function and backend == "emulator" else function
 
     def _keeping_function(
-        self, arguments: str, returns: str, fake: Callable[..., Any], fake_keep: Callable[..., Any]
+        self,
+        arguments: str,
+        returns: str,
+        fake: Callable[..., Any],
+        fake_keep: Callable[..., Any],
+        fake_gradients: Callable[..., list[Tensor]] | None,
     ) -> type[torch.autograd.Function]:
         """The private ops of a form that keeps tensors for its backward, and the function above them."""
         forward, backward = f"_{self.name}_keep", f"_{self.name}_keep_bwd"
@@ -135,7 +142,7 @@ class Operator:
             return [*(out if isinstance(out, tuple) else (out,)), *fake_keep(*args[:-1])]
 
         def fake_backward(grads: object, kept: object, wanted: list[bool], *args: Any) -> list[Tensor]:
-            found = _fake_gradients([], *args)
+            found = _fake_gradients([], *args) if fake_gradients is None else fake_gradients(*args[:-1])
             return [g if w else g.new_empty(0) for g, w in zip(found, wanted)]
 
         _library.define(f"{forward}({arguments}, str backend) -> Tensor[]")

@@ -13,7 +13,7 @@
 // Limits    fp32 and bf16 (weights also fp32 under bf16); tokens * top_k < 2^31.
 // Why so    rows of A are pointers, so nothing is gathered; the weight multiplies the activation, so the second product's
 //           rows are only added; a row's chain of additions does not depend on the rows beside it.
-#include "cpu/gemm.h"
+#include "cpu/wgrad.h"
 
 namespace hebatron::HEBATRON_ISA_NAMESPACE {
 namespace {
@@ -139,7 +139,7 @@ struct Backward {
   Backward(const MoeMlpBwdArgs& b, Workspace& w) : routes(b.forward, w) {
     const MoeMlpArgs& a = b.forward;
     const int64_t count = a.tokens * a.top_k;
-    const int64_t steps = (count + a.experts * (kUnit<T> - 1)) * vectors_in(a.expert_width) * kLanes;
+    const int64_t steps = steps_elements<T>(count, a.experts, a.expert_width);
     padded = w.take<int64_t>(a.experts + 1);
     grad_hidden = w.take<T>(count * a.expert_width);
     rows = w.take<T>(b.grad_x ? count * a.width : 0);
@@ -148,17 +148,6 @@ struct Backward {
     dots = w.take<float>(count * panels_of(a.expert_width));
     buffer_elements = std::max(widest_panel<T>(a), b.grad_up || b.grad_down ? panel_elements<T>(count) : 0);
     buffers = w.take<T>(a.workers * buffer_elements);
-  }
-  static int64_t vectors_in(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
-  void pad(int64_t experts) {
-    padded[0] = 0;
-    for (int64_t e = 0; e < experts; e++)
-      padded[e + 1] = padded[e] + units_of<T>(routes.begin[e + 1] - routes.begin[e]) * kUnit<T>;
-  }
-  // Of an expert's panel, which begins at this column: the first step of k, and the rows of the matrix in it.
-  T* steps_at(T* steps, int64_t e, int64_t width, int64_t column) const {
-    const int64_t height = padded[e + 1] - padded[e];
-    return steps + padded[e] * vectors_in(width) * kLanes + height * column;
   }
 };
 
@@ -191,38 +180,8 @@ static void hidden_gradient(const MoeMlpBwdArgs& b, const Backward<T>& s, const 
   }
   write_rows(s.grad_hidden, a.expert_width, column, columns, r, count, grad);
   const int64_t first = r - s.routes.begin[block.expert];
-  if (b.grad_up) write_steps(s.steps_at(s.hidden_steps, block.expert, a.expert_width, column), columns, first, count, grad);
-  if (b.grad_down) write_steps(s.steps_at(s.active_steps, block.expert, a.expert_width, column), columns, first, count, active);
-}
-
-// out[m][n] = the sums of `count` rows from m on, rounded to the dtype of the weights; S is that dtype.
-template <class S>
-static void write_gradient(void* grad, int64_t offset, int64_t width, int64_t columns, int count, const float* sums) {
-  for (int i = 0; i < count; i++)
-    for_lanes(columns, [&](int64_t c, int n) {
-      S* to = (S*)grad + offset + i * width + c;
-      const Vec v = load_lanes(sums + i * kTileColumns + c, n);
-      n == kLanes ? stream(to, v) : store(to, v, n);
-    });
-}
-static void write_gradient(DType dtype, void* grad, int64_t offset, int64_t width, int64_t columns, int count, const float* sums) {
-  dtype == DType::f32 ? write_gradient<float>(grad, offset, width, columns, count, sums)
-                      : write_gradient<bf16>(grad, offset, width, columns, count, sums);
-}
-
-// The rows of panels over an expert's rows (A transposed, `width` of them) times such a panel (B): finish(m, rows, sums).
-template <class T, class Finish>
-static void transposed_product(const T* steps, int64_t height, int64_t width, int64_t k, const T* panel, int vectors, const Finish& finish) {
-  alignas(64) float sums[kTileRows * kTileColumns];
-  Strip strip{{}, 0, 0, k, true};
-  for (int64_t m = 0; m < width; m += strip.count) {
-    const int64_t column = m / kTileColumns * kTileColumns, columns = std::min<int64_t>(kTileColumns, width - column);
-    strip.count = int(std::min<int64_t>(kTileRows, column + columns - m));  // the next panel may be of another width
-    strip.ak = vectors_of(columns) * kLanes * kUnit<T>;
-    for (int i = 0; i < strip.count; i++) strip.rows[i] = steps + height * column + (m - column + i) * kUnit<T>;
-    (std::is_same_v<T, float> ? strip_product_f32 : strip_product_bf16)(strip, panel, vectors, sums);
-    finish(m, strip.count, sums);
-  }
+  if (b.grad_up) write_steps(steps_at(s.hidden_steps, s.padded, block.expert, a.expert_width, column), columns, first, count, grad);
+  if (b.grad_down) write_steps(steps_at(s.active_steps, s.padded, block.expert, a.expert_width, column), columns, first, count, active);
 }
 
 // grad_up[e] = dhidden^T x and grad_down[e] = dy^T active; exactly 0 for an expert without rows.
@@ -244,7 +203,7 @@ static void weight_gradients(const MoeMlpBwdArgs& b, const Backward<T>& s, T* bu
     const int64_t height = s.padded[e + 1] - s.padded[e], base = e * a.width * a.expert_width;
     if (up) {
       slice(a.x, a.x_stride, e, column, columns);
-      transposed_product(s.steps_at(s.hidden_steps, e, a.expert_width, 0), height, a.expert_width, rows, buffer,
+      transposed_product(steps_at(s.hidden_steps, s.padded, e, a.expert_width, 0), height, a.expert_width, rows, buffer,
                          vectors_of(columns), [&](int64_t m, int count, const float* sums) {
                            write_gradient(a.weight_dtype, b.grad_up, base + m * a.width + column, a.width, columns, count, sums);
                          });
@@ -253,7 +212,7 @@ static void weight_gradients(const MoeMlpBwdArgs& b, const Backward<T>& s, T* bu
     slice(b.grad_y, a.width, e, column, columns);
     for (int64_t f = 0; f < a.expert_width; f += kTileColumns) {
       const int64_t active_columns = std::min<int64_t>(kTileColumns, a.expert_width - f);
-      transposed_product(buffer, 0, columns, rows, s.steps_at(s.active_steps, e, a.expert_width, f),
+      transposed_product(buffer, 0, columns, rows, steps_at(s.active_steps, s.padded, e, a.expert_width, f),
                          vectors_of(active_columns), [&](int64_t m, int count, const float* sums) {
                            write_gradient(a.weight_dtype, b.grad_down, base + (column + m) * a.expert_width + f, a.expert_width,
                                           active_columns, count, sums);
@@ -269,7 +228,7 @@ static void backward(const MoeMlpBwdArgs& b, const Exec& exec) {
   Workspace space{(char*)exec.workspace};
   Backward<T> s(b, space);
   s.routes.sort(a);
-  s.pad(a.experts);
+  pad_rows<T>(s.routes.begin, a.experts, s.padded);
   const int threads = int(std::min<int64_t>(exec.threads, a.workers));
 #pragma omp parallel num_threads(threads)
   {

@@ -15,37 +15,10 @@
 //           block's search, fill and stores, and the hardware hands out tiles as they end, whatever the experts' sizes.
 //           Warps of 64x64: per k16 a tile moves 24 KB through shared memory in 256 clocks of A100's tensor cores, 75 %
 //           of what it can; 8 warps of 64x32 would need all of it.
-#include "cuda/grouped_gemm.cuh"
+#include "cuda/grouped_gemm_sm80.cuh"
 
 namespace hebatron::cuda {
 namespace {
-
-using bf16 = __nv_bfloat16;
-constexpr int kThreads = 128;
-constexpr int kChunk = 8;  // bf16 in 16 bytes: what one cp.async, one row of an ldmatrix and one store move
-constexpr int64_t kMaxSize = (int64_t(1) << 31) - 256;  // an int may hold it and a tile more
-
-// A block's tile kM x kN, its warps kWarpsM x kWarpsN; each of kStages stages holds kK of K. kBlocks of them fit an SM.
-template <int kM_, int kN_, int kK_, int kWarpsM_, int kStages_, int kBlocks_>
-struct Tile80 {
-  static constexpr int kM = kM_, kN = kN_, kK = kK_, kStages = kStages_, kBlocks = kBlocks_;
-  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kThreads / kWarp / kWarpsM_;
-  static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
-  static constexpr int kFragsM = kWarpM / 16, kFragsN = kWarpN / 8;
-  static constexpr int kSteps = kK / 16;  // of the m16n8k16 a stage
-  static constexpr int kBytesA = kM * kK * 2, kBytesStage = kBytesA + kN * kK * 2;
-  static_assert(kSteps % 2 == 0 && kFragsN % 2 == 0, "fragments are double buffered, and read two columns at a time");
-};
-
-// Byte offset of 16-byte chunk `chunk` of row `row` in a tile of kChunks chunks a row. Both kinds of access are free of
-// conflicts: 8 rows at one chunk (a matrix of ldmatrix) and 8 consecutive chunks (a quarter warp's cp.async) fall into the
-// 8 different 16-byte columns of the 32 banks. Rows of 64 bytes, two to a bank line: column 4 (row % 2) + (chunk ^ row / 2
-// % 4). Rows of 128 and 256 bytes: column (chunk ^ row % 8) % 8. Unswizzled, 8 rows meet in two columns or in one.
-template <int kChunks>
-HEBATRON_DEVICE uint32_t swizzled(int row, int chunk) {
-  constexpr int kRowsOfLine = kChunks < 8 ? 8 / kChunks : 1, kSpread = kChunks < 8 ? kChunks : 8;
-  return uint32_t(row * kChunks + (chunk ^ (row / kRowsOfLine % kSpread))) * 16;
-}
 
 // Rows [row, end) of an expert belong to a row tile; expert == experts: rows past the last end; -1: no rows left.
 struct RowTile {
@@ -132,88 +105,12 @@ struct Loader {
   }
 };
 
-template <class T>
-struct Fragments {
-  uint32_t a[T::kFragsM][4], b[T::kFragsN][2];
-};
-
-// Where in a stage this lane's rows of its warp's matrices start. A step along K, or along N in an n-major tile, changes
-// bits of the chunk only, so it is an exclusive or with the offset; a step along the rows is an addition.
-template <class T, bool kKMajor>
-struct Reader {
-  uint32_t a, b;
-
-  HEBATRON_DEVICE Reader(int warp_row, int warp_column) {
-    const int lane = lane_id();
-    a = swizzled<T::kK / kChunk>(warp_row + lane % 16, lane / 16);
-    b = T::kBytesA + (kKMajor ? swizzled<T::kK / kChunk>(warp_column + lane % 8 + lane / 16 * 8, lane / 8 % 2)
-                              : swizzled<T::kN / kChunk>(lane % 16, warp_column / kChunk + lane / 16));
-  }
-
-  HEBATRON_DEVICE void read(uint32_t stage, int step, Fragments<T>& f) const {
-#pragma unroll
-    for (int i = 0; i < T::kFragsM; i++) ldmatrix_x4(f.a[i], stage + (a ^ step * 32) + i * 16 * T::kK * 2);
-#pragma unroll
-    for (int j = 0; j < T::kFragsN; j += 2) {
-      uint32_t r[4];
-      if (kKMajor)
-        ldmatrix_x4(r, stage + (b ^ step * 32) + j * 8 * T::kK * 2);
-      else
-        ldmatrix_x4_trans(r, stage + (b ^ j * 16) + step * 16 * T::kN * 2);
-      f.b[j][0] = r[0], f.b[j][1] = r[1], f.b[j + 1][0] = r[2], f.b[j + 1][1] = r[3];
-    }
-  }
-};
-
-template <class T>
-using Accumulator = float[T::kFragsM][T::kFragsN][4];
-
-// One barrier a stage: after it every warp has read stage s for the last time, and the next turn refills that slot. The next
-// fragments are read before the current ones are multiplied, across the barrier too.
-template <class T, bool kKMajor>
-HEBATRON_DEVICE void multiply(const Loader<T, kKMajor>& loader, const Reader<T, kKMajor>& reader, uint32_t stages,
-                              Accumulator<T>& sum) {
-  const int turns = (loader.k + T::kK - 1) / T::kK;
-#pragma unroll
-  for (int s = 0; s < T::kStages - 1; s++) {
-    if (s < turns) loader.load(stages + s * T::kBytesStage, s * T::kK);
-    cp_async_commit();
-  }
-  cp_async_wait<T::kStages - 2>();
-  block_sync();
-  Fragments<T> fragments[2];
-  reader.read(stages, 0, fragments[0]);
-  int slot = 0, free_slot = T::kStages - 1;
-  for (int turn = 0; turn < turns; turn++) {
-#pragma unroll
-    for (int step = 0; step < T::kSteps; step++) {
-      if (step + 1 < T::kSteps) {
-        reader.read(stages + slot * T::kBytesStage, step + 1, fragments[(step + 1) % 2]);
-      } else if (turn + 1 < turns) {
-        cp_async_wait<T::kStages - 2>();
-        block_sync();
-        slot = slot + 1 == T::kStages ? 0 : slot + 1;
-        reader.read(stages + slot * T::kBytesStage, 0, fragments[(step + 1) % 2]);
-      }
-      if (step == 0) {
-        const int ahead = turn + T::kStages - 1;
-        if (ahead < turns) loader.load(stages + free_slot * T::kBytesStage, ahead * T::kK);
-        cp_async_commit();  // an empty group past the end keeps the count that the wait relies on
-        free_slot = free_slot + 1 == T::kStages ? 0 : free_slot + 1;
-      }
-      const Fragments<T>& f = fragments[step % 2];
-#pragma unroll
-      for (int i = 0; i < T::kFragsM; i++)
-#pragma unroll
-        for (int j = 0; j < T::kFragsN; j++) mma_m16n8k16(sum[i][j], f.a[i], f.b[j]);
-    }
-  }
-}
-
-// A lane holds 2 columns of every piece of 8: quads exchange, so that it stores all 16 bytes of every fourth piece instead.
-// Pieces of 16 rows: the first kFragsN are of the upper 8 rows, the others of the lower 8.
-template <class T>
-HEBATRON_DEVICE void store_tile(const GroupedGemmArgs& g, const Accumulator<T>& sum, int row, int end, int column) {
+// A lane holds 2 columns of every piece of 8: quads exchange, so that it stores all 16 bytes of every fourth piece instead, and
+// reads `kept` so. Pieces of 16 rows: the first kFragsN are of the upper 8 rows, the others of the lower 8. With kBack
+// sums[i][half] are this lane's shares of the sums of rows.
+template <class T, bool kBack>
+HEBATRON_DEVICE void store_tile(const GroupedGemmArgs& g, const Accumulator<T>& sum, int row, int end, int column,
+                                float (&sums)[T::kFragsM][2]) {
   const int in_quad = lane_id() % 4;
   row += lane_id() / 4;
 #pragma unroll
@@ -226,33 +123,71 @@ HEBATRON_DEVICE void store_tile(const GroupedGemmArgs& g, const Accumulator<T>& 
     }
 #pragma unroll
     for (int piece = 0; piece < 2 * T::kFragsN; piece += 4) {
-      uint32_t words[4];
+      const int own = piece + in_quad, r = row + i * 16 + own / T::kFragsN * 8, c = column + own % T::kFragsN * 8;
+      const bool in = r < end && c < g.n;
+      uint32_t words[4], kept[4] = {};
+      if (kBack) {
+        if (in) {
+          const uint4 read = *reinterpret_cast<const uint4*>(static_cast<const bf16*>(g.kept) + r * g.n + c);
+          kept[0] = read.x, kept[1] = read.y, kept[2] = read.z, kept[3] = read.w;
+        }
+        transpose_quad(kept);
+      }
 #pragma unroll
       for (int p = 0; p < 4; p++) {
         const int half = (piece + p) / T::kFragsN, j = (piece + p) % T::kFragsN;
-        const float* pair = &sum[i][j][2 * half];
-        words[p] = pack_bf16(activated(pair[0], g.relu2, scale[half]), activated(pair[1], g.relu2, scale[half]));
+        float pair[2] = {sum[i][j][2 * half], sum[i][j][2 * half + 1]};
+#pragma unroll
+        for (int q = 0; q < 2; q++) {
+          if (kBack) {
+            const float k = unpack_bf16(kept[p], q);
+            if (column + j * 8 < g.n) sums[i][half] += pair[q] * k;  // past N an infinite row of a gives NaN
+            pair[q] = through_relu2(pair[q], k, scale[half]);
+          } else {
+            pair[q] = activated(pair[q], g.relu2, scale[half]);
+          }
+        }
+        words[p] = pack_bf16(pair[0], pair[1]);
       }
       transpose_quad(words);
-      const int half = (piece + in_quad) / T::kFragsN, j = (piece + in_quad) % T::kFragsN;
-      const int r = row + i * 16 + half * 8, c = column + j * 8;
-      if (r < end && c < g.n)
-        *reinterpret_cast<uint4*>(static_cast<bf16*>(g.out) + r * g.n + c) = uint4{words[0], words[1], words[2], words[3]};
+      if (in) *reinterpret_cast<uint4*>(static_cast<bf16*>(g.out) + r * g.n + c) = uint4{words[0], words[1], words[2], words[3]};
     }
   }
 }
 
+// The lanes' shares of the sums of rows become the block's: over a quad, then over the warps beside one another, in their order.
 template <class T>
-HEBATRON_DEVICE void store_zeros(const GroupedGemmArgs& g, int row, int end, int column) {
+HEBATRON_DEVICE void store_sums(float (&sums)[T::kFragsM][2], float* slots, float* piece, int row, int end, int warp_row, int warp_n) {
+#pragma unroll
+  for (int i = 0; i < T::kFragsM; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float v = sums[i][half];
+      v += shfl_xor(v, 1);
+      v += shfl_xor(v, 2);
+      if (lane_id() % 4 == 0) slots[warp_n * T::kM + warp_row + i * 16 + half * 8 + lane_id() / 4] = v;
+    }
+  block_sync();
+  const int r = threadIdx.x;
+  if (r >= T::kM || row + r >= end) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int n = 0; n < T::kWarpsN; n++) total += slots[n * T::kM + r];
+  piece[row + r] = total;
+}
+
+template <class T>
+HEBATRON_DEVICE void store_zeros(const GroupedGemmArgs& g, float* piece, int row, int end, int column) {
   constexpr int kChunks = T::kN / kChunk;
   const int c = column + threadIdx.x % kChunks * kChunk;
+  for (int r = row + threadIdx.x; piece && r < end && r < row + T::kM; r += kThreads) piece[r] = 0.0f;
   if (c >= g.n) return;
   for (int r = row + threadIdx.x / kChunks; r < end && r < row + T::kM; r += kThreads / kChunks)
     *reinterpret_cast<uint4*>(static_cast<bf16*>(g.out) + r * g.n + c) = uint4{0, 0, 0, 0};
 }
 
-template <class T, bool kKMajor>
-__global__ void __launch_bounds__(kThreads, T::kBlocks) grouped_gemm(const GroupedGemmArgs g) {
+template <class T, bool kKMajor, bool kBack>
+__global__ void __launch_bounds__(kThreads, T::kBlocks) grouped_gemm(const GroupedGemmArgs g, float* pieces) {
   HEBATRON_DYNAMIC_SHARED(stages);
   RowTile* found = reinterpret_cast<RowTile*>(stages + T::kStages * T::kBytesStage);
   const int column_tiles = (int(g.n) + T::kN - 1) / T::kN;
@@ -261,14 +196,20 @@ __global__ void __launch_bounds__(kThreads, T::kBlocks) grouped_gemm(const Group
   const RowTile tile = *found;
   const int column = blockIdx.x % column_tiles * T::kN;
   if (tile.expert < 0) return;
-  if (tile.expert == g.experts) return store_zeros<T>(g, tile.row, tile.end, column);
+  float* const piece = kBack ? pieces + column / T::kN * g.rows : nullptr;  // this column tile's sums of rows
+  if (tile.expert == g.experts) return store_zeros<T>(g, piece, tile.row, tile.end, column);
   const int warp = threadIdx.x / kWarp;
   const int warp_row = warp / T::kWarpsN * T::kWarpM, warp_column = warp % T::kWarpsN * T::kWarpN;
   float sum[T::kFragsM][T::kFragsN][4] = {};
   const Loader<T, kKMajor> loader(g, tile, column);
-  const Reader<T, kKMajor> reader(warp_row, warp_column);
-  multiply<T, kKMajor>(loader, reader, smem_address(stages), sum);
-  store_tile<T>(g, sum, tile.row + warp_row, tile.end, column + warp_column);
+  const Reader<T, true, kKMajor> reader(warp_row, warp_column);
+  multiply<T>(loader, reader, smem_address(stages), sum);
+  float sums[T::kFragsM][2] = {};
+  store_tile<T, kBack>(g, sum, tile.row + warp_row, tile.end, column + warp_column, sums);
+  if (kBack) {
+    block_sync();  // the stages are read: the sums of rows take their place
+    store_sums<T>(sums, reinterpret_cast<float*>(stages), piece, tile.row, tile.end, warp_row, warp % T::kWarpsN);
+  }
 }
 
 // Row tiles are at most rows / kM and one more per group that has rows, the rows past the last end being a group too. Blocks
@@ -280,7 +221,11 @@ void run(const GroupedGemmArgs& g, const Exec& exec) {
   const int64_t blocks = row_tiles * ((g.n + T::kN - 1) / T::kN);
   check(blocks < int64_t(1) << 31, "grouped_gemm[sm80]", "tiles must be fewer than 2^31", blocks);
   const LaunchShape shape{dim3(unsigned(blocks)), dim3(kThreads), T::kStages * T::kBytesStage + int(sizeof(RowTile))};
-  launch("grouped_gemm", g.b_k_major ? grouped_gemm<T, true> : grouped_gemm<T, false>, shape, exec, g);
+  const auto kernel = g.kept        ? grouped_gemm<T, false, true>
+                      : g.b_k_major ? grouped_gemm<T, true, false>
+                                    : grouped_gemm<T, false, false>;
+  launch("grouped_gemm", kernel, shape, exec, g, static_cast<float*>(exec.workspace));
+  if (g.kept) launch_sum_pieces("grouped_gemm[sm80]", g, (g.n + T::kN - 1) / T::kN, exec);
 }
 
 }  // namespace
@@ -295,12 +240,12 @@ Sm80Tile sm80_tile(const GroupedGemmArgs& g, int bytes_shared) {
 }
 
 const char* refuse_grouped_gemm_sm80(const GroupedGemmArgs& g) {
-  if (g.kept) return "has no way back through relu2";
+  if (g.kept && g.b_k_major) return "needs n contiguous in b for the way back through relu2";
   if (g.k % kChunk || g.n % kChunk || g.k == 0 || g.n == 0) return "k and n must be multiples of 8, and not 0";
   if (g.a_stride % kChunk || g.b_stride % kChunk || g.b_expert_stride % kChunk)
     return "the strides of a and b must be multiples of 8";
-  for (const void* p : {g.a, g.b, static_cast<const void*>(g.out)})
-    if (reinterpret_cast<uintptr_t>(p) % 16) return "a, b and out must start on a multiple of 16 bytes";
+  for (const void* p : {g.a, g.b, g.kept, static_cast<const void*>(g.out)})
+    if (reinterpret_cast<uintptr_t>(p) % 16) return "a, b, kept and out must start on a multiple of 16 bytes";
   for (const int64_t size : {g.rows, g.a_rows, g.experts, g.n, g.k})
     if (size >= kMaxSize) return "rows, experts, n and k must be below 2^31 - 256";
   constexpr int64_t kTiles[][2] = {{0, 0}, {16, 64}, {64, 128}, {128, 128}};
@@ -315,11 +260,6 @@ void grouped_gemm_sm80(const GroupedGemmArgs& g, const Exec& exec) {
   if (tile.m == 64) return run<Tile80<64, 128, 32, 2, 4, 3>>(g, exec);
   if (tile.stages == 3) return run<Tile80<128, 128, 32, 2, 3, 2>>(g, exec);
   return run<Tile80<128, 128, 32, 2, 4, 2>>(g, exec);
-}
-
-const char* refuse_grouped_gemm_wgrad_sm80(const GroupedGemmWgradArgs&) { return "has no kernel for the gradient of the weights"; }
-void grouped_gemm_wgrad_sm80(const GroupedGemmWgradArgs& args, const Exec&) {
-  fail(std::string("grouped_gemm_wgrad[sm80]: ") + refuse_grouped_gemm_wgrad_sm80(args));
 }
 
 }  // namespace hebatron::cuda

@@ -93,6 +93,12 @@ HEBATRON_DEVICE uint32_t pack_bf16(float x, float y) {
   memcpy(&word, &pair, sizeof word);
   return word;
 }
+HEBATRON_DEVICE float unpack_bf16(uint32_t word, int half) {
+  const uint32_t bits = half ? word & 0xffff0000u : word << 16;
+  float v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
 
 template <int kCount, class T>
 HEBATRON_DEVICE void load(const T* p, float (&out)[kCount]) {

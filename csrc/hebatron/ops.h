@@ -236,6 +236,7 @@ struct GroupedGemmArgs {
 // expert without rows; rows past the last end count nowhere.
 struct GroupedGemmWgradArgs {
   int64_t rows, a_rows, experts, m, n;
+  int64_t workers;         // on the CPU at most so many threads: each has a part of the workspace
   DType dtype, out_dtype;  // of a and b; of out
   const void* a;           // a_rows, m
   int64_t a_stride;
@@ -450,6 +451,7 @@ struct DecodeStepArgs {
   X(ssd_scan_bwd, SsdScanBwdArgs)            \
   X(ssd_update, SsdUpdateArgs)               \
   X(grouped_gemm_fwd, GroupedGemmArgs)       \
+  X(grouped_gemm_wgrad, GroupedGemmWgradArgs) \
   X(linear_fwd, LinearArgs)                  \
   X(moe_route_fwd, MoeRouteArgs)             \
   X(moe_route_bwd, MoeRouteBwdArgs)          \

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _check as check
 from .._dispatch import Operator
-from . import checks, native, reference, torch_ops
+from . import checks, native, native_gemm, reference, torch_ops
 from .packed import moe_mlp_packed
 from .rows import moe_combine, moe_combine_norm, moe_permute
 
@@ -32,10 +32,13 @@ def _operator(
     returns: str,
     fake: Callable[..., Any],
     fake_keep: Callable[..., Any] | None = None,
+    fake_gradients: Callable[..., Any] | None = None,
     **others: ModuleType,
 ) -> Operator:
     modules = {"torch": torch_ops, "reference": reference, **others}
-    return Operator(name, arguments, returns, modules, fake, fake_keep=fake_keep)
+    return Operator(
+        name, arguments, returns, modules, fake, fake_keep=fake_keep, fake_gradients=fake_gradients
+    )
 
 
 def _fake_route(logits: Tensor, bias: Tensor, top_k: int, *_: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,8 +64,10 @@ _grouped_gemm = _operator(
     "Tensor a, Tensor b, Tensor offsets, Tensor? rows, Tensor? scale, str? activation, str? implementation",
     "Tensor",
     lambda a, b, offsets, rows, *_: a.new_empty((a if rows is None else rows).shape[0], b.shape[2]),
-    native=native,
-    emulator=native,
+    fake_keep=lambda *_: (),
+    fake_gradients=native_gemm.fake_gradients,
+    native=native_gemm,
+    emulator=native_gemm,
 )
 _moe_mlp = _operator(
     "moe_mlp",
@@ -176,10 +181,10 @@ def grouped_gemm(
         for an expert without rows) and scale.
 
     Backends:
-        native: products summed in fp32 and rounded once, after the scale; its gradients are those of the torch form. On
-        the CPU fp32 and bf16, and a row's result does not depend on the others, to the bit; on CUDA bf16, widths and
-        strides in multiples of 16 bytes. emulator: the same kernels on CPU tensors,
-        for tests. torch: grouped_mm for bf16, fp16 and fp32 where widths and strides are multiples of 16 bytes;
+        native: products summed in fp32 and rounded once, after the scale; the gradients are products of the same kind,
+        through an activation or scale after computing the product again. On the CPU fp32 and bf16, a row's result
+        does not depend on the others, to the bit, nor anything on the number of threads; on CUDA bf16, widths and
+        strides in multiples of 16 bytes. emulator: the same kernels on CPU tensors, for tests. torch: grouped_mm for bf16, fp16 and fp32 where widths and strides are multiples of 16 bytes;
         elsewhere a loop over the experts, which on a GPU synchronises; the product is rounded before activation and
         scale.
 

@@ -93,10 +93,9 @@ def kernels_grouped_gemm(a_RK: Tensor, *others: object) -> list[str]:
     files = {"sm80": "grouped_gemm_sm80", "sm90a": "grouped_gemm_sm90", "cutlass": "cutlass/grouped_gemm"}
     if name is not None:
         return [files[name]]
+    portable = [files["sm80"], "grouped_gemm_wgrad_sm80"]
     # on Hopper the sizes may leave the sm_90a kernel out
-    return (
-        [files["sm90a"], files["sm80"]] if _native.arch_of(a_RK.get_device()) == "sm_90" else [files["sm80"]]
-    )
+    return [files["sm90a"], *portable] if _native.arch_of(a_RK.get_device()) == "sm_90" else portable
 
 
 def _stored_by_output(b_EKM: Tensor) -> bool:

@@ -89,7 +89,7 @@ def grouped_gemm(
         out_NM = out_NM.relu().square()
     if scale_N is not None:
         out_NM = out_NM * scale_N.to(compute).unsqueeze(1)
-    return out_NM.masked_fill(_past_end(out_NM, offsets_E), 0.0).to(a_ND.dtype)
+    return out_NM.masked_fill(past_end(out_NM, offsets_E), 0.0).to(a_ND.dtype)
 
 
 def moe_combine(rows_ND: Tensor, order_N: Tensor, weights_TK: Tensor, num_tokens: int) -> Tensor:
@@ -225,12 +225,19 @@ def _weight_gemm(a_NK: Tensor, b_NM: Tensor, offsets_E: Tensor) -> Tensor:
     return torch.ops.hebatron._torch_weight_gemm(a_NK, b_NM, offsets_E)
 
 
-def _past_end(out_NM: Tensor, offsets_E: Tensor) -> Tensor:
+def past_end(out_NM: Tensor, offsets_E: Tensor) -> Tensor:
     return (torch.arange(out_NM.shape[0], device=out_NM.device) >= offsets_E[-1]).unsqueeze(1)
 
 
-def _zero_past_end(out_NM: Tensor, offsets_E: Tensor) -> Tensor:
-    return out_NM.masked_fill_(_past_end(out_NM, offsets_E), 0.0)
+def _zeropast_end(out_NM: Tensor, offsets_E: Tensor) -> Tensor:
+    return out_NM.masked_fill_(past_end(out_NM, offsets_E), 0.0)
+
+
+def sum_uses(grad_ND: Tensor, rows_N: Tensor, count: int) -> Tensor:
+    """(count, D): the sum of the rows n with rows[n] = r, in their order, in fp32, rounded once."""
+    uses_R = _count(rows_N, count, torch.int64)
+    users_N = torch.argsort(rows_N, stable=True)
+    return F.embedding_bag(users_N, grad_ND, uses_R.cumsum(0) - uses_R, mode="sum")
 
 
 class _Gather(torch.autograd.Function):
@@ -246,9 +253,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
         (rows_N,) = ctx.saved_tensors
-        uses_R = _count(rows_N, ctx.count, torch.int64)
-        users_N = torch.argsort(rows_N, stable=True)
-        return F.embedding_bag(users_N, grad_ND, uses_R.cumsum(0) - uses_R, mode="sum"), None
+        return sum_uses(grad_ND, rows_N, ctx.count), None
 
 
 class _Permute(torch.autograd.Function):
@@ -286,7 +291,7 @@ class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a_ND: Tensor, b_EKN: Tensor, offsets_E: Tensor) -> Tensor:
         ctx.save_for_backward(a_ND, b_EKN, offsets_E)
-        return _zero_past_end(_gemm(a_ND, b_EKN, offsets_E), offsets_E)
+        return _zeropast_end(_gemm(a_ND, b_EKN, offsets_E), offsets_E)
 
     @staticmethod
     @once_differentiable
@@ -294,7 +299,7 @@ class _GroupedGemm(torch.autograd.Function):
         a_ND, b_EKN, offsets_E = ctx.saved_tensors
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_a = _zero_past_end(_gemm(grad, b_EKN.transpose(1, 2), offsets_E), offsets_E)
+            grad_a = _zeropast_end(_gemm(grad, b_EKN.transpose(1, 2), offsets_E), offsets_E)
         if ctx.needs_input_grad[1]:
             # In the layout of b, so that a stored (E, N, K) gets its gradient without a copy.
             if b_EKN.stride(2) == 1:
