@@ -1,10 +1,12 @@
 // What      out[r] = act(a[row(r)] b[e]) * scale[r] for the rows r of each expert e: bf16 mma.sync, for all chips from sm_80.
+//           With kept the way back through relu2: out[r] = 2 scale relu(h) g, and the row's sum of g kept for sum_pieces.
 // Grid      a block of 128 threads per tile (rows x columns x K of a stage); no spill on sm_80 and sm_90 (nvcc 13.0):
 //           128x128x32  2x2 warps of 64x64, 4 stages 64 KB, 248 registers, 2 blocks an SM; 3 stages 48 KB on 99 KB chips
 //           64x128x32   2x2 warps of 32x64, 4 stages 48 KB, 162 registers, 3 blocks an SM, 2 on 99 KB chips
 //           16x64x64    1x4 warps of 16x16, 4 stages 40 KB, 74 registers, 3 blocks an SM, 2 on 99 KB chips
-// Traffic   out once. A tile reads its rows of a and columns of b through L2, 2 (1 / BM + 1 / BN) bytes a multiply-add:
-//           128x128 asks 4.9 TB/s of L2 at 312 TFLOP/s. DRAM: a and b about once, neighbouring blocks sharing their rows.
+// Traffic   out once, on the way back kept once and 8 bytes a row and column tile. A tile reads its rows of a and columns of b
+//           through L2, 2 (1 / BM + 1 / BN) bytes a multiply-add: 128x128 asks 4.9 TB/s of L2 at 312 TFLOP/s. DRAM: a and b
+//           about once, neighbouring blocks sharing their rows.
 // Roofline  6 of 128 experts, 2,688 -> 1,856. 4,096 tokens (245 GFLOP, 1.39 GB): A100 0.79 ms, tensor bound (bytes 0.68 ms
 //           at 2.04 TB/s); H100 0.46 ms, DRAM bound (3.0 TB/s). 65,536 tokens: A100 12.6 ms (312 TFLOP/s); H100 4.9 ms at
 //           the 800 TFLOP/s of wgmma, of which mma.sync is reported to reach 0.63. All computed.

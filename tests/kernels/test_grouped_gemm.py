@@ -99,7 +99,7 @@ def test_grouped_gemm_native_matches_oracle(
     if stored == "outputs last":
         args[1] = args[1].contiguous()
     with isa_of(isa):
-        testing.check_oracle(hk.grouped_gemm, args, dtype, backend, grad=False)
+        testing.check_oracle(hk.grouped_gemm, args, dtype, backend, rows > 0)
 
 
 @pytest.mark.parametrize(("backend", "isa", "dtype"), NATIVE)
@@ -116,8 +116,8 @@ def test_grouped_gemm_native_checks_its_numbers():
     a, b, ends = groups(2, 8, 4, [2, 5], 5, torch.float32)
     good = dict(
         rows=5, a_rows=5, experts=2, n=4, k=8, workers=1, dtype="float32", relu2=0, a=a, a_stride=8,
-        rows_of_a=None, b=b, b_expert_stride=32, b_stride=8, b_k_major=1, offsets=ends, scale=None,
-        out=torch.empty(5, 4), implementation=0, tile_m=0, tile_n=0,
+        rows_of_a=None, b=b, b_expert_stride=32, b_stride=8, b_k_major=1, offsets=ends, scale=None, kept=None,
+        row_sums=None, out=torch.empty(5, 4), implementation=0, tile_m=0, tile_n=0,
     )  # fmt: skip
     for wrong, message in [
         (dict(rows=-1), "rows must be >= 0, got -1"),
@@ -129,9 +129,62 @@ def test_grouped_gemm_native_checks_its_numbers():
         (dict(k=0), "k must be > 0, got 0"),
         (dict(workers=0), "workers must be > 0, got 0"),
         (dict(implementation=1), "implementation must be 0 on the CPU, got 1"),
+        (dict(kept=a), "kept and row_sums must be null on the CPU; rows, got 5"),
     ]:
         with pytest.raises(ValueError, match=f"^grouped_gemm: {message}"):
             _native.call("grouped_gemm_fwd", **{**good, **wrong})
+
+
+def test_grouped_gemm_wgrad_checks_its_numbers():
+    a, b = torch.ones(5, 8), torch.ones(5, 4)
+    good = dict(
+        rows=5, a_rows=5, experts=2, m=8, n=4, workers=1, dtype="float32", out_dtype="float32", a=a, a_stride=8,
+        rows_of_a=None, b=b, b_stride=4, offsets=torch.tensor([2, 5]).int(), out=torch.empty(2, 8, 4),
+        transposed=0, implementation=0, tile_m=0, tile_n=0,
+    )  # fmt: skip
+    for wrong, message in [
+        (dict(rows=-1), "rows must be >= 0, got -1"),
+        (dict(rows=4), "offsets must rise from 0 to the rows, got 5"),
+        (dict(offsets=torch.tensor([3, 2]).int()), "offsets must rise from 0 to the rows, got 2"),
+        (dict(rows_of_a=torch.full((5,), 5).int()), "rows must be rows of a, got 5"),
+        (dict(experts=0), "experts must be > 0, got 0"),
+        (dict(m=0), "m must be > 0, got 0"),
+        (dict(n=0), "n must be > 0, got 0"),
+        (dict(workers=0), "workers must be > 0, got 0"),
+        (dict(implementation=1), "implementation must be 0 on the CPU, got 1"),
+    ]:
+        with pytest.raises(ValueError, match=f"^grouped_gemm_wgrad: {message}"):
+            _native.call("grouped_gemm_wgrad", **{**good, **wrong})
+
+
+@pytest.mark.parametrize("stored", ["outputs last", "width last"])
+def test_grouped_gemm_native_computes_the_gradients_that_are_wanted_in_the_layout_of_b(stored, monkeypatch):
+    a, b, ends, rows, scale, activation = with_form(groups(3, 16, 8, [2, 2, 5], 6), FORMS[4], torch.float32)
+    a, b = a.float(), (b.contiguous() if stored == "outputs last" else b).float()
+    called = []
+    real = _native.call
+    monkeypatch.setattr(_native, "call", lambda op, **k: (called.append(op), real(op, **k))[1])
+    product, of_b = "grouped_gemm_fwd", "grouped_gemm_wgrad"
+    for wanted, ops in ((a, [product] * 3), (b, [product, product, of_b]), (scale, [product] * 2)):
+        for value in (a, b, scale):
+            value.requires_grad_(value is wanted)
+        called.clear()
+        out = hk.grouped_gemm(a, b, ends, rows, scale, activation, backend="native")
+        (grad,) = torch.autograd.grad(out.sum(), wanted)
+        assert called == ops and grad.shape == wanted.shape
+        assert wanted is not b or grad.stride() == b.stride()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_gemm_native_uses_no_gradient_past_the_end(form):
+    args = with_form(groups(3, 16, 8, [2, 2, 5], 8, torch.float32), form, torch.float32)
+    leaves = [v.detach().requires_grad_() for v in args if torch.is_tensor(v) and v.is_floating_point()]
+    out = hk.grouped_gemm(leaves[0], leaves[1], *args[2:4], *(leaves[2:] or [None]), args[5], backend="native")
+    upstream = torch.ones_like(out)
+    want = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+    upstream[5:] = torch.nan
+    for got, value in zip(torch.autograd.grad(out, leaves, upstream), want):
+        assert torch.equal(got, value)
 
 
 @pytest.mark.parametrize(("backend", "isa", "dtype"), EVERY)

@@ -1,0 +1,255 @@
+"""The sm_80 kernels of grouped_gemm's gradients under the emulator: every tile and way back against the oracle, the same bits
+in every order of work in flight, nothing read or written that is not theirs, no race; and the public gradients made of
+them. Bugs planted in these kernels must be found by the same checks."""
+
+from functools import partial
+
+import pytest
+import torch
+from gemm_cases import call_gemm, relu2_args, through_relu2, weight_grad, wgrad_args
+from moe_cases import FORMS, groups, with_form
+from planted import planted
+
+import hebatron_kernels as hk
+from hebatron_kernels import _native, testing
+
+# both with the stages of 99 KB chips and of others
+TILES = [(tile, shared) for tile in ("16x64", "64x128", "128x128") for shared in (227, 99)]
+WGRAD_TILES = [(tile, shared) for tile in ("64x128", "128x128") for shared in (227, 99)]
+ORDERS = [dict(mode="eager"), dict(mode="random", seed=1), dict(mode="random", seed=2)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _emulator():
+    lacks = testing.emulator_lacks()
+    if lacks is not None:
+        pytest.skip(f"the emulator needs {lacks}")
+    testing.load_emulator()
+    yield
+    _native.emulator_module = None
+
+
+def chip(shared):
+    return dict(bytes_shared=shared * 1024, compute_capability=89 if shared == 99 else 80)
+
+
+def same_bits_in_every_order(call):
+    want = call()
+    want = [want] if isinstance(want, torch.Tensor) else list(want)
+    for order in ORDERS:
+        with testing.emulate(**order):
+            got = call()
+        for mine, first in zip([got] if isinstance(got, torch.Tensor) else got, want):
+            assert torch.equal(mine, first), order
+
+
+# ---- the way back through relu2 ----
+
+
+def check_relu2(tile, case, inner, outputs, gathered):
+    args = relu2_args(case, int(tile.partition("x")[0]), inner, outputs, gathered)
+    op = partial(through_relu2, implementation=f"sm80:{tile}")
+    # the sums of a few columns, whose terms cancel
+    testing.check_oracle(op, args, torch.bfloat16, "emulator", grad=False, floor=1.0)
+
+
+# K: a tail of 8 behind whole stages and more of them than are in flight; N: tails of every tile
+@pytest.mark.parametrize(
+    ("case", "inner", "outputs"),
+    [
+        ("edges", 72, 136),
+        ("one for all", 8, 8),
+        ("one row", 8 * 64 + 40, 240),
+        ("forty", 72, 136),
+        ("none", 8, 8),
+        ("all past the end", 72, 136),
+    ],
+)
+@pytest.mark.parametrize(("tile", "shared"), TILES)
+def test_sm80_way_back_matches_oracle(tile, shared, case, inner, outputs):
+    with testing.emulate(**chip(shared)):
+        check_relu2(tile, case, inner, outputs, gathered=case != "forty")
+
+
+@pytest.mark.parametrize(("tile", "shared"), TILES[::2])
+def test_sm80_way_back_keeps_nan_to_its_row_and_expert(tile, shared):
+    args = relu2_args("edges", int(tile.partition("x")[0]), 72, 136, False)
+    a, b, ends, _, scale, kept = args = testing._cast(args, torch.bfloat16)
+    want = call_gemm(*args, implementation=f"sm80:{tile}")
+    end = int(ends[-1])
+    a[3, 9], a[end:], b[0], kept[end:], scale[end:] = [torch.nan] * 5
+    got = call_gemm(*args, implementation=f"sm80:{tile}")
+    others = torch.arange(len(a)) != 3
+    for mine, first in zip(got, want):
+        assert mine[3].isnan().any() and torch.equal(mine[others], first[others])
+        assert not mine[end:].any()
+
+
+def test_sm80_way_back_is_zero_where_the_scale_is_or_nothing_is_summed():
+    args = testing._cast(relu2_args("few", 16, 72, 136), torch.bfloat16)
+    args[0][:] = torch.inf
+    out, row_sums = call_gemm(*args, implementation="sm80:64x128")
+    zero = args[4] == 0
+    assert zero.any() and not out[zero].any() and not row_sums[zero].any()
+    for empty in (dict(k=0), dict(experts=0), dict(n=0)):
+        out, row_sums = call_gemm(*args, implementation="sm80:64x128", **empty)
+        assert not row_sums.any() and ("n" in empty or not out.any())
+
+
+@pytest.mark.parametrize("tile", ["16x64", "128x128"])
+def test_sm80_way_back_gives_the_same_bits_in_every_order(tile):
+    args = testing._cast(relu2_args("edges", 64, 8 * 64 + 40, 136), torch.bfloat16)
+    same_bits_in_every_order(partial(call_gemm, *args, implementation=f"sm80:{tile}"))
+
+
+@pytest.mark.parametrize("order", [dict(mode="lazy"), dict(mode="random", seed=5)])
+@pytest.mark.parametrize("tile", ["16x64", "64x128", "128x128"])
+def test_sm80_way_back_has_no_race(tile, order):
+    with testing.emulate(checked=True, **order):
+        check_relu2(tile, "edges", 72, 136, True)
+
+
+# ---- the gradient of the weights ----
+
+
+def check_wgrad(tile, case, width, outputs, gathered, transposed, dtype):
+    args = wgrad_args(case, 33, width, outputs, gathered)  # a stage sums over 32 rows
+
+    def op(*given, backend):
+        named = f"sm80:{tile}" if backend == "emulator" else None
+        return weight_grad(*given, transposed, dtype, backend=backend, implementation=named)
+
+    testing.check_oracle(op, args, torch.bfloat16, "emulator", grad=False)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("case", "width", "outputs"),
+    [
+        ("edges", 136, 72),
+        ("few", 8, 8),
+        ("one for all", 72, 136),
+        ("one row", 264, 72),
+        ("forty", 72, 8),
+        ("none", 136, 72),
+        ("all past the end", 8, 136),
+    ],
+)
+@pytest.mark.parametrize(("tile", "shared"), WGRAD_TILES)
+def test_sm80_wgrad_matches_oracle(tile, shared, case, width, outputs, dtype, transposed):
+    with testing.emulate(**chip(shared)):
+        check_wgrad(tile, case, width, outputs, case in ("edges", "forty"), transposed, dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tile", ["64x128", "128x128"])
+def test_sm80_wgrad_takes_no_nan_from_its_neighbours(tile, transposed):
+    # expert 1 ends inside a stage, and the rows of expert 2 are all NaN
+    a, b, ends, rows = wgrad_args("edges", 33, 72, 136)
+    a, b = a.bfloat16(), b.bfloat16()
+    named = dict(out_dtype=torch.float32, backend="emulator", implementation=f"sm80:{tile}")
+    call = partial(weight_grad, transposed=transposed, **named)
+    want = call(a, b, ends, rows)
+    b[int(ends[1]) : int(ends[2])] = torch.nan
+    got = call(a, b, ends, rows)
+    others = torch.arange(len(ends)) != 2
+    assert got[2].isnan().all() and torch.equal(got[others], want[others])
+
+
+@pytest.mark.parametrize("tile", ["64x128", "128x128"])
+def test_sm80_wgrad_gives_the_same_bits_in_every_order(tile):
+    a, b, ends, rows = wgrad_args("edges", 200, 72, 136)
+    call = partial(weight_grad, a.bfloat16(), b.bfloat16(), ends, rows, True, torch.bfloat16, backend="emulator")
+    same_bits_in_every_order(partial(call, implementation=f"sm80:{tile}"))
+
+
+@pytest.mark.parametrize("order", [dict(mode="lazy"), dict(mode="random", seed=6)])
+@pytest.mark.parametrize(("transposed", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize("tile", ["64x128", "128x128"])
+def test_sm80_wgrad_has_no_race(tile, transposed, dtype, order):
+    with testing.emulate(checked=True, **order):
+        check_wgrad(tile, "edges", 72, 136, True, transposed, dtype)
+
+
+def test_sm80_gradients_say_why_they_refuse():
+    a, b, ends, rows = wgrad_args("few", 16, 72, 136)
+    a, b = a.bfloat16(), b.bfloat16()
+    run = partial(weight_grad, transposed=False, out_dtype=torch.bfloat16, backend="emulator", implementation="sm80")
+    for wrong, reason in [
+        (dict(m=68), "m and n must be multiples of 8"),
+        (dict(a_stride=68), "the strides of a and b must be multiples of 8"),
+        (dict(b=b.reshape(-1)[4:]), "a, b and out must start on a multiple of 16 bytes"),
+        (dict(tile_m=32, tile_n=32), "the tile must be 64x128 or 128x128"),
+        (dict(dtype="float32"), "a and b must be bf16"),
+    ]:
+        with pytest.raises(ValueError, match=rf"grouped_gemm_wgrad\[sm80\]: {reason}"):
+            run(a, b, ends, rows, **wrong)
+    args = testing._cast(relu2_args("few", 16, 72, 136, by_output=True), torch.bfloat16)
+    with pytest.raises(ValueError, match=r"grouped_gemm\[sm80\]: needs n contiguous in b for the way back"):
+        call_gemm(*args, implementation="sm80")
+
+
+# ---- the public gradients ----
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stored", ["outputs last", "width last"])
+def test_grouped_gemm_emulated_has_its_gradients_from_the_kernels(form, stored):
+    args = with_form(groups(4, 72, 40, [3, 3, 9, 40], 43), form)
+    if stored == "outputs last":
+        args[1] = args[1].contiguous()
+    take = _native.emulator_module.take_statistics
+    with testing.emulate(compute_capability=80):
+        testing.check_oracle(hk.grouped_gemm, args, torch.bfloat16, "emulator")
+        take()
+        testing.run(hk.grouped_gemm, testing._cast(args, torch.bfloat16), backend="emulator")
+    assert take()["launches"] == (3 if form[1:] == (False, None) else 4)  # with an epilogue the product again
+
+
+# ---- planted bugs: each in the place where a real one would stand, and what must find it ----
+
+BUGS = {
+    "stage refilled while others read it": (
+        "grouped_gemm_sm80.cuh",
+        "        cp_async_wait<T::kStages - 2>();\n        block_sync();\n        slot =",
+        "        cp_async_wait<T::kStages - 2>();\n        slot =",
+        "data race in shared memory",
+    ),
+    "one stage too few waited for": (
+        "grouped_gemm_sm80.cuh",
+        "      } else if (turn + 1 < turns) {\n        cp_async_wait<T::kStages - 2>();",
+        "      } else if (turn + 1 < turns) {\n        cp_async_wait<T::kStages - 1>();",
+        "data race in shared memory",
+    ),
+    "rows of the next expert multiplied": (
+        "grouped_gemm_wgrad_sm80.cu",
+        "in && r < k);",
+        "in);",
+        "over the bound|differs|nan|past the end",
+    ),
+    "index read past the last row": (
+        "grouped_gemm_wgrad_sm80.cu",
+        "rows && r < k ? rows[r]",
+        "rows ? rows[r]",
+        "past the end of rows_of_a",
+    ),
+    "sums of rows written over the last stage": (
+        "grouped_gemm_sm80.cu",
+        "    block_sync();  // the stages are read: the sums of rows take their place\n",
+        "",
+        "data race in shared memory",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BUGS)
+def test_sm80_planted_bug_is_found(bug):
+    file, right, wrong, says = BUGS[bug]
+    with planted(f"cuda/{file}", right, wrong):
+        with pytest.raises((RuntimeError, AssertionError), match=says):
+            for order in (dict(mode="lazy"), dict(mode="random", seed=6)):
+                with testing.emulate(**order):
+                    check_relu2("128x128", "edges", 200, 136, True)
+                    check_wgrad("64x128", "edges", 72, 136, True, False, torch.float32)
