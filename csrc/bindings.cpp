@@ -183,6 +183,8 @@ static SsdUpdateArgs read(Reader& in, SsdUpdateArgs*) {
   return a;
 }
 
+#endif
+
 static MoeMlpArgs read_moe_mlp(Reader& in, bool outputs) {
   MoeMlpArgs a{};
   a.tokens = in.integer("tokens");
@@ -210,6 +212,8 @@ static MoeMlpArgs read_moe_mlp(Reader& in, bool outputs) {
 }
 
 static MoeMlpArgs read(Reader& in, MoeMlpArgs*) { return read_moe_mlp(in, true); }
+
+#ifdef HEBATRON_MODULE_CPU
 
 static MoeMlpBwdArgs read(Reader& in, MoeMlpBwdArgs*) {
   MoeMlpBwdArgs b{};

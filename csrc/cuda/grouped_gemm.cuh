@@ -39,7 +39,6 @@ HEBATRON_DEVICE void transpose_quad(uint32_t (&word)[4]) {
 // each piece in the workspace, pieces x rows, and this one adds the pieces in their order: the same bits every run.
 // What: row_sums[r] = sum over pieces / scale[r]. Grid: a thread a row. Traffic:
 // pieces * rows floats, 46 MB for 65,536 tokens in pieces of 64 columns of 1,856: 15 us of 3.0 TB/s. Never run on hardware.
-constexpr int kPieceThreads = 256;
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) sum_pieces(const float* pieces, const float* scale, float* row_sums, int rows, int count) {
   const int row = int(blockIdx.x) * kThreads + int(threadIdx.x);
@@ -50,9 +49,10 @@ __global__ void __launch_bounds__(kThreads) sum_pieces(const float* pieces, cons
   row_sums[row] = sum == 0.0f || scale[row] == 0.0f ? 0.0f : sum / scale[row];
 }
 
-inline void launch_sum_pieces(const char* op, const GroupedGemmArgs& args, int64_t count, const Exec& exec) {
-  const LaunchShape shape{dim3(unsigned((args.rows + kPieceThreads - 1) / kPieceThreads)), dim3(kPieceThreads)};
-  launch(op, sum_pieces<kPieceThreads>, shape, exec, static_cast<const float*>(exec.workspace), args.scale, args.row_sums,
+template <int kThreads = 256>  // a template, so that only files which use it hold the kernel
+void launch_sum_pieces(const char* op, const GroupedGemmArgs& args, int64_t count, const Exec& exec) {
+  const LaunchShape shape{dim3(unsigned((args.rows + kThreads - 1) / kThreads)), dim3(kThreads)};
+  launch(op, sum_pieces<kThreads>, shape, exec, static_cast<const float*>(exec.workspace), args.scale, args.row_sums,
          int(args.rows), int(count));
 }
 

@@ -1,6 +1,6 @@
 // What      y_t = sum_k down[e] (weight relu(up[e] x_t)^2), e = ids[t, k], for 1 to 128 tokens: the forward of moe_mlp that
 //           streams the chosen experts' weights, on all chips from sm_80.
-// Grid      four blocks an SM of 128 threads, persistent; 21 KB of shared memory, 128 registers. They draw units by ticket:
+// Grid      four blocks an SM of 128 threads, persistent; 16 KB of shared memory, 128 registers. They draw units by ticket:
 //           first (expert, 16 rows of up), then (expert, 16 rows of down). A unit's four warps share K, 32 at a time in turn.
 // Traffic   the weights of every chosen expert once, up to 32 rows of it (again for the next 32); x and the activation
 //           (T K F bf16) from L2, the rows of y (T K D fp32) written and read there.

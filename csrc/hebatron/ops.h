@@ -476,7 +476,8 @@ struct DecodeStepArgs {
   X(moe_route_bwd, MoeRouteBwdArgs)         \
   X(moe_permute_fwd, MoePermuteArgs)        \
   X(moe_combine_fwd, MoeCombineArgs)        \
-  X(moe_combine_bwd, MoeCombineBwdArgs)
+  X(moe_combine_bwd, MoeCombineBwdArgs)     \
+  X(moe_decode, MoeMlpArgs)
 
 #define HEBATRON_DECLARE(name, Args)             \
   void name(const Args& args, const Exec& exec); \

@@ -184,9 +184,9 @@ def grouped_gemm(
         native: products summed in fp32 and rounded once, after the scale; the gradients are products of the same kind,
         through an activation or scale after computing the product again. On the CPU fp32 and bf16, a row's result
         does not depend on the others, to the bit, nor anything on the number of threads; on CUDA bf16, widths and
-        strides in multiples of 16 bytes. emulator: the same kernels on CPU tensors, for tests. torch: grouped_mm for bf16, fp16 and fp32 where widths and strides are multiples of 16 bytes;
-        elsewhere a loop over the experts, which on a GPU synchronises; the product is rounded before activation and
-        scale.
+        strides in multiples of 16 bytes. emulator: the same kernels on CPU tensors, for tests. torch: grouped_mm for
+        bf16, fp16 and fp32 where widths and strides are multiples of 16 bytes; elsewhere a loop over the experts,
+        which on a GPU synchronises; the product is rounded before activation and scale.
 
     Source:
         torch.nn.functional.grouped_mm (the convention of the offsets); MegaBlocks, arXiv 2211.15841, section 5 (the

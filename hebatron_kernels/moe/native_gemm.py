@@ -81,7 +81,7 @@ def grouped_gemm_keep(
     activation: str | None,
     implementation: str | None,
 ) -> tuple[Tensor]:
-    """Keeps nothing: the form tells which gradients are wanted, and the product is computed again where they need it."""
+    """Keeps nothing: this form is told which gradients are wanted, and they compute the product again if need be."""
     return (grouped_gemm(a_RK, b_EKM, offsets_E, rows_N, scale_N, activation, implementation),)
 
 
@@ -148,7 +148,9 @@ def _through_epilogue(
     return grad.to(grad_NM.dtype), grad_scale_N
 
 
-def fake_gradients(a: Tensor, b: Tensor, offsets: Tensor, rows: object, scale: Tensor | None, *_: object) -> list[Tensor]:
+def fake_gradients(
+    a: Tensor, b: Tensor, offsets: Tensor, rows: object, scale: Tensor | None, *_: object
+) -> list[Tensor]:
     """As grouped_gemm_keep_bwd gives them: that of b lies as b does."""
     empty = torch.empty_like(b, memory_format=torch.contiguous_format)
     if _stored_by_output(b):

@@ -5,6 +5,7 @@ operator, for testing.check_oracle.
 """
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -30,8 +31,7 @@ def expert_of_row(ends, rows):
 
 
 def _spans(ends):
-    bounds = [0, *ends.tolist()]
-    return list(zip(bounds, bounds[1:]))
+    return list(pairwise([0, *ends.tolist()]))
 
 
 def products(a, b, ends, rows):

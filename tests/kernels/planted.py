@@ -14,8 +14,8 @@ CSRC = testing.ROOT / "csrc"
 def planted(file, right, wrong):
     """The checked emulator as it is with `wrong` in place of `right`, which must stand once in csrc/`file`.
 
-    Only the kernels that hold the change are compiled again, with the commands of the checked build, and linked with its
-    other objects.
+    Only the kernels that hold the change are compiled again, with the commands of the checked build, and linked with
+    its other objects.
     """
     text = (CSRC / file).read_text(encoding="utf-8")
     assert text.count(right) == 1, f"{file} holds {text.count(right)} times: {right}"

@@ -179,7 +179,9 @@ def test_grouped_gemm_native_computes_the_gradients_that_are_wanted_in_the_layou
 def test_grouped_gemm_native_uses_no_gradient_past_the_end(form):
     args = with_form(groups(3, 16, 8, [2, 2, 5], 8, torch.float32), form, torch.float32)
     leaves = [v.detach().requires_grad_() for v in args if torch.is_tensor(v) and v.is_floating_point()]
-    out = hk.grouped_gemm(leaves[0], leaves[1], *args[2:4], *(leaves[2:] or [None]), args[5], backend="native")
+    out = hk.grouped_gemm(
+        leaves[0], leaves[1], *args[2:4], *(leaves[2:] or [None]), args[5], backend="native"
+    )
     upstream = torch.ones_like(out)
     want = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
     upstream[5:] = torch.nan
