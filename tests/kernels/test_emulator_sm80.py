@@ -13,9 +13,9 @@ from planted import planted
 import hebatron_kernels as hk
 from hebatron_kernels import _native, testing
 
-# both with the stages of 99 KB chips and of others
-TILES = [(tile, shared) for tile in ("16x64", "64x128", "128x128") for shared in (227, 99)]
-WGRAD_TILES = [(tile, shared) for tile in ("64x128", "128x128") for shared in (227, 99)]
+# 128x128 has fewer stages on chips with 99 KB a block
+TILES = [("16x64", 227), ("64x128", 227), ("128x128", 227), ("128x128", 99)]
+WGRAD_TILES = TILES[1:]
 ORDERS = [dict(mode="eager"), dict(mode="random", seed=1), dict(mode="random", seed=2)]
 
 
@@ -71,7 +71,7 @@ def test_sm80_way_back_matches_oracle(tile, shared, case, inner, outputs):
         check_relu2(tile, case, inner, outputs, gathered=case != "forty")
 
 
-@pytest.mark.parametrize(("tile", "shared"), TILES[::2])
+@pytest.mark.parametrize(("tile", "shared"), TILES[:3])
 def test_sm80_way_back_keeps_nan_to_its_row_and_expert(tile, shared):
     args = relu2_args("edges", int(tile.partition("x")[0]), 72, 136, False)
     a, b, ends, _, scale, kept = args = testing._cast(args, torch.bfloat16)
