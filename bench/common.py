@@ -31,8 +31,8 @@ GROUPED_GEMM = {
 }
 
 
-# The other kernel files.
-OTHERS = ("norm", "moe_route", "moe_permute", "moe_combine")
+# The other kernel files; "moe" is the whole expert layer and runs the products too.
+OTHERS = ("norm", "moe_route", "moe_permute", "moe_combine", "moe")
 
 
 def grouped_gemm_forms(compiled: Iterable[str], compute_capability: int) -> dict[str, str]:

@@ -36,7 +36,7 @@ BENCH = ROOT / "bench"
 # Seconds of each step; together under 10 minutes on 16 cores and one H100 or H200.
 SECONDS = {"build": 150, "conformance": 70, "tests": 120, "sanitizer": 90, "timings": 120, "record": 10}
 # Kernel files of the expert layer, and the tests in tests/gpu/test_gpu_moe.py that are theirs.
-MOE_TESTS = {"moe_route": "route", "moe_permute": "permute", "moe_combine": "combine"}
+MOE_TESTS = {"moe_route": "route", "moe_permute": "permute", "moe_combine": "combine", "moe": "mlp"}
 Check = dict[str, Any]
 
 

@@ -136,7 +136,8 @@ def measure(
 def leave_out(problem: Problem, names: set[str]) -> None:
     """Without these implementations of grouped_gemm or other kernels; nor what may choose or run one of them."""
     products = {"sm90a", "sm80"}
-    choice = {"grouped_gemm": products}.get(problem.kernel, {problem.kernel})
+    layer = {"moe", "moe_permute", "moe_combine", *products}
+    choice = {"grouped_gemm": products, "moe": layer}.get(problem.kernel, {problem.kernel})
     for rival in list(problem.rivals):
         if rival.partition(":")[0] in names or (rival == "ours" and choice & names):
             del problem.rivals[rival]

@@ -84,7 +84,7 @@ def problems(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
             yield name, partial(grouped, sizes, device, weights, step, tokens, routing)
         if (tokens, routing) == routed[len(sizes.tokens) - 1]:
             yield from norms(sizes, device)
-            yield from layers(sizes, device)
+            yield from layers(sizes, device, weights)
     yield from baselines(sizes, device)
 
 
@@ -209,13 +209,16 @@ def _gradients(op: Callable[..., object], args: Sequence[object], backend: str) 
     return list(torch.autograd.grad(outputs, wanted, [torch.ones_like(o) for o in outputs]))
 
 
-def layers(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
-    """The expert layer around its products."""
+def layers(sizes: Sizes, device: torch.device, weights: dict[str, Tensor]) -> Iterator[tuple[str, Maker]]:
+    """The expert layer around its products, and whole."""
     for tokens in (sizes.tokens_once, *sizes.tokens):
         yield f"moe_route {tokens}", partial(routing, sizes, device, tokens)
         yield f"moe_permute {tokens}", partial(permutation, sizes, device, tokens)
         for fused in (False, True):
             yield f"moe_combine {tokens}", partial(combination, sizes, device, tokens, fused)
+    for tokens in sizes.tokens:
+        for backward in (False, True):
+            yield f"moe_mlp {tokens}", partial(mlp, sizes, device, weights, tokens, backward)
 
 
 def chosen(sizes: Sizes, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -252,6 +255,23 @@ def combination(sizes: Sizes, device: torch.device, tokens: int, fused: bool) ->
     bytes_moved = 2.0 * tensors * shared.numel() + 12.0 * order_N.numel()
     case = f"{tokens}{' with shared, residual, norm' if fused else ''}"
     return Problem("moe_combine", case, bytes_moved, 0.0, by_backend(device, call), "torch form")
+
+
+def mlp(
+    sizes: Sizes, device: torch.device, weights: dict[str, Tensor], tokens: int, backward: bool
+) -> Problem:
+    ids_TK, weights_TK = chosen(sizes, tokens, device)
+    x = torch.randn(tokens, sizes.width, device=device, dtype=BF16)
+    both = [stored(sizes, device, weights, step) for step in ("up", "down")]
+    args = (x, ids_TK, weights_TK, *both)
+    call = partial(_gradients, hk.moe_mlp, args) if backward else partial(hk.moe_mlp, *args)
+    used = ids_TK.unique().numel() * 2 * sizes.width * sizes.expert_width
+    bytes_moved = 2.0 * (used + 2 * x.numel()) + (
+        2.0 * (both[0].numel() * 2 + 2 * x.numel()) if backward else 0
+    )
+    flops = (3 if backward else 1) * 4.0 * ids_TK.numel() * sizes.width * sizes.expert_width
+    case = f"{tokens} uniform" + (" forward and backward" if backward else "")
+    return Problem("moe", case, bytes_moved, flops, by_backend(device, call), "torch form")
 
 
 def baselines(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:

@@ -286,6 +286,8 @@ def _grouped(
         b_k_major=int(by_output),
         offsets=run.card.put(offsets),
         scale=run.card.put(scale) if whole else None,
+        kept=None,
+        row_sums=None,
         out=out,
         implementation=implementation,
         workers=1,

@@ -159,11 +159,65 @@ def combine_cases(run: Any, random: np.random.Generator) -> Iterator[str]:
         yield f"{tokens} tokens, {top_k} rows each, width {width}"
 
 
+def layer_cases(run: Any, random: np.random.Generator) -> Iterator[str]:
+    def draw(*shape: int, scale: float = 1.0) -> Floats:
+        return run.rounded((random.standard_normal(shape) * scale).astype(np.float32))
+
+    for tokens, experts, top_k, width, expert_width in ((9, 5, 2, 72, 136), (1, 3, 3, 8, 8)):
+        ids, _, _ = choices(random, tokens, experts, top_k)
+        x, weights = draw(tokens, width), random.random((tokens, top_k), dtype=np.float32) + np.float32(0.1)
+        up = draw(experts, expert_width, width, scale=width**-0.5)
+        down = draw(experts, width, expert_width, scale=expert_width**-0.5)
+        hidden, y = run.output(tokens * top_k, expert_width), run.output(tokens, width)
+        given = {
+            "tokens": tokens,
+            "top_k": top_k,
+            "experts": experts,
+            "width": width,
+            "expert_width": expert_width,
+            "workers": 1,
+            "dtype": run.dtype,
+            "weight_dtype": run.dtype,
+            "packed": 0,
+            "x": run.put(x),
+            "x_stride": width,
+            "ids": run.card.put(ids),
+            "weights": run.card.put(weights),
+            "up": run.put(up),
+            "up_expert_stride": expert_width * width,
+            "up_stride": width,
+            "down": run.put(down),
+            "down_expert_stride": expert_width * width,
+            "down_stride": expert_width,
+            "hidden": hidden,
+        }
+        run.call("moe_mlp_fwd", **given, y=y)
+        relu = np.maximum(np.einsum("tkfd,td->tkf", up[ids], x), 0)
+        run.compare("y", y, np.einsum("tk,tkdf,tkf->td", weights, down[ids], relu**2))
+        grad = draw(tokens, width)
+        grads = [run.output(*shape) for shape in (x.shape, up.shape, down.shape)]
+        grad_weights = run.card.empty(4 * tokens * top_k)
+        outputs = dict(zip(("grad_x", "grad_up", "grad_down"), grads))
+        run.call("moe_mlp_bwd", **given, **outputs, grad_y=run.put(grad), grad_weights=grad_weights)
+        back = np.einsum("tkdf,td->tkf", down[ids], grad)
+        of_hidden = 2 * weights[..., None] * relu * back
+        run.compare("grad_x", grads[0], np.einsum("tkfd,tkf->td", up[ids], of_hidden))
+        for pointer, shape, product in (
+            (grads[1], up.shape, np.einsum("tkf,td->tkfd", of_hidden, x)),
+            (grads[2], down.shape, np.einsum("td,tk,tkf->tkdf", grad, weights, relu**2)),
+        ):
+            want = np.zeros(shape, np.float32)
+            np.add.at(want, ids, product)
+            run.compare("weights' gradient", pointer, want)
+        yield f"{tokens} tokens, {top_k} of {experts}, {width} x {expert_width}"
+
+
 # each kernel's cases, and the dtypes they run in
 CASES: dict[str, tuple[Callable[[Any, np.random.Generator], Iterator[str]], tuple[str, ...]]] = {
     "moe_route": (route_cases, ("float32",)),
     "moe_permute": (permute_cases, ("bfloat16", "float32")),
     "moe_combine": (combine_cases, ("bfloat16", "float32")),
+    "moe": (layer_cases, ("bfloat16",)),
 }
 
 

@@ -335,7 +335,8 @@ struct MoeMlpArgs {
   int64_t tokens, top_k, experts, width, expert_width;
   int64_t workers;     // at most so many threads: each has a part of the workspace
   DType dtype;         // of x, y and hidden
-  DType weight_dtype;  // of up and down; fp32 weights are rounded to dtype as they are read
+  DType weight_dtype;  // of up and down, on the CPU; fp32 weights are rounded to dtype as they are read. On CUDA up and down are
+                       // bf16, and this is the dtype of their gradients
   bool packed;         // up and down come from moe_pack, as panels of dtype: strides and weight_dtype unused
   const void* x;
   int64_t x_stride;
@@ -346,7 +347,8 @@ struct MoeMlpArgs {
   const void* down;  // experts, width, expert_width
   int64_t down_expert_stride, down_stride;
   void* y;       // tokens, width
-  void* hidden;  // tokens * top_k, expert_width: up[e] x of the sorted rows, for the backward; or null
+  void* hidden;  // tokens * top_k, expert_width, for the backward; or null. Of the sorted rows, on the CPU up[e] x, on CUDA
+                 // weight relu(up[e] x)^2: from that alone the gradients of up, down and the weight follow, each by one product
 };
 
 // Gradients of the above, from hidden.
@@ -467,16 +469,18 @@ struct DecodeStepArgs {
   X(decode_step, DecodeStepArgs)             \
   X(linear_cross_entropy_fwd, LossArgs)      \
   X(linear_cross_entropy_bwd, LossBwdArgs)
-#define HEBATRON_CUDA_OPS(X)                \
-  X(rms_norm_fwd, RmsNormArgs)              \
-  X(rms_norm_bwd, RmsNormBwdArgs)           \
-  X(grouped_gemm_fwd, GroupedGemmArgs)      \
+#define HEBATRON_CUDA_OPS(X)                  \
+  X(rms_norm_fwd, RmsNormArgs)                \
+  X(rms_norm_bwd, RmsNormBwdArgs)             \
+  X(grouped_gemm_fwd, GroupedGemmArgs)        \
   X(grouped_gemm_wgrad, GroupedGemmWgradArgs) \
-  X(moe_route_fwd, MoeRouteArgs)            \
-  X(moe_route_bwd, MoeRouteBwdArgs)         \
-  X(moe_permute_fwd, MoePermuteArgs)        \
-  X(moe_combine_fwd, MoeCombineArgs)        \
-  X(moe_combine_bwd, MoeCombineBwdArgs)     \
+  X(moe_route_fwd, MoeRouteArgs)              \
+  X(moe_route_bwd, MoeRouteBwdArgs)           \
+  X(moe_permute_fwd, MoePermuteArgs)          \
+  X(moe_combine_fwd, MoeCombineArgs)          \
+  X(moe_combine_bwd, MoeCombineBwdArgs)       \
+  X(moe_mlp_fwd, MoeMlpArgs)                  \
+  X(moe_mlp_bwd, MoeMlpBwdArgs)               \
   X(moe_decode, MoeMlpArgs)
 
 #define HEBATRON_DECLARE(name, Args)             \

@@ -76,6 +76,7 @@ _moe_mlp = _operator(
     lambda x, ids, weights, up, down: x.new_empty(x.shape),
     fake_keep=lambda x, ids, weights, up, down: (x.new_empty(ids.shape[0] * ids.shape[1], up.shape[1]),),
     native=native,
+    emulator=native,
 )
 
 
@@ -234,7 +235,7 @@ def moe_mlp(
         weights_TK: (T, K), any floating dtype.
         up_EFD: (E experts, F expert width, D), dtype of x; or fp32 under bf16 x, rounded to bf16 at its use.
         down_EDF: (E, D, F), dtype of up.
-        backend: "native", "torch" or "reference"; None chooses.
+        backend: "native", "torch", "reference" or "emulator"; None chooses.
 
     Returns:
         y_TD: (T, D) in the dtype of x. An expert that no token chose is not read.
@@ -245,12 +246,15 @@ def moe_mlp(
 
     Gradients:
         To x, weights, up and down; exactly 0 for the tensors of an expert that no token chose. The backward keeps x,
-        the weights and the pre-activation (T*K, F), and makes the rest again.
+        the weights and the pre-activation (T*K, F), on CUDA the weighted activation, and makes the rest again.
 
     Backends:
         native: C++ on the CPU, fp32 and bf16, summed in fp32; a token's result does not depend on the others, to the
-        bit, and none on the number of threads; the gradients of fp32 weights under bf16 are not rounded to bf16.
-        torch: the products as in grouped_gemm, deterministic.
+        bit, and none on the number of threads; the gradients of fp32 weights under bf16 are not rounded to bf16. CUDA:
+        bf16, widths in multiples of 8 up to 8,192 and rows on 16 bytes, at most 512 experts; fp32 weights are rounded
+        into a copy in the forward and again in the backward (6 bytes moved a weight each time); the gradient of a
+        weight in weights_TK that is 0 is 0. emulator: the same kernels on CPU tensors, for tests. torch: the products
+        as in grouped_gemm, deterministic.
 
     Source:
         The model's experts: not gated, relu2 (So et al. 2021, arXiv 2109.08668), no biases.

@@ -120,17 +120,48 @@ def test_moe_combine_takes_strided_rows(place, padding):
     testing.check_oracle(call, [rows, order, weights, 19], BF16, "native")
 
 
-# the three operators: their bits, streams, graphs and pointers
+# tokens, experts, top_k, width, expert width: the smallest, the model's widths, one expert for all, 22 choices
+LAYERS = {
+    "smallest": (1, 1, 1, 8, 8),
+    "model": (200, 16, 6, 2688, 1856),
+    "one takes all": (300, 1, 1, 264, 136),
+    "most": (40, 128, 22, 136, 72),
+    "none": (0, 3, 2, 8, 8),
+}
+
+
+def mlp_args(tokens, experts, top_k, width, expert_width):
+    ids, weights = ids_and_weights(tokens, experts, top_k)
+    up = torch.randn(experts, expert_width, width, dtype=torch.float64) / width**0.5
+    down = torch.randn(experts, width, expert_width, dtype=torch.float64) / expert_width**0.5
+    return [torch.randn(tokens, width, dtype=torch.float64), ids, weights, up, down]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_moe_mlp_matches_oracle(place, name):
+    args = mlp_args(*LAYERS[name])
+    testing.check_oracle(at(place, hk.moe_mlp), args, BF16, "native", LAYERS[name][0] > 0)
+
+
+def test_moe_mlp_keeps_the_gradients_of_fp32_weights_in_fp32(place):
+    x, ids, weights, up, down = mlp_args(50, 6, 2, 264, 136)
+    args = [x.to(BF16), ids, weights.float(), up.float(), down.float()]
+    testing.check_oracle(at(place, hk.moe_mlp), args, None, "native")
+
+
+# the four operators: their bits, streams, graphs and pointers
 
 CALLS = {
     "route": (hk.moe_route, lambda: moved(route_args(*ROUTES["model"]))),
     "permute": (hk.moe_permute, lambda: [*moved(row_args(*SIZES["model"])[:2], BF16), 128]),
     "combine": (hk.moe_combine, lambda: [*moved(row_args(*SIZES["model"])[2:], BF16), 300]),
+    "mlp": (hk.moe_mlp, lambda: moved(mlp_args(200, 16, 6, 264, 136), BF16)),
 }
 POINTERS = {
     "route": ["logits", "bias", "weights", "ids", "counts"],
     "permute": ["ids", "x", "rows", "order", "position", "offsets"],
     "combine": ["rows", "order", "weights", "y"],
+    "mlp": ["x", "ids", "weights", "up", "down", "y"],
 }
 
 
@@ -159,6 +190,22 @@ def test_moe_replays_from_a_graph(gpu, name, proves):
     args = make()
     check_graph(lambda: op(*args, backend="native"), args[0])
     check_graph(lambda: both_ways(op, args), args[0])
+
+
+def test_moe_mlp_replays_with_another_routing(gpu, proves):
+    """The sizes of the experts live on the device: a graph must follow them."""
+    proves("graphs")
+    op, make = CALLS["mlp"]
+    args = make()
+    both_ways(op, args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both_ways(op, args)
+    args[1].copy_(args[1].flip(0))
+    graph.replay()
+    got = [t.clone() for t in captured]
+    assert_same_bits(got, both_ways(op, args))
 
 
 @pytest.mark.parametrize("name", CALLS)

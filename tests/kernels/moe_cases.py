@@ -103,3 +103,17 @@ ROWS = [
     (0, 3, 2, 8),
     (40, 128, 6, 32),
 ]
+
+# tokens, experts, top_k, width, expert width for the CUDA kernels, which take widths in multiples of 8: the small
+# training shape, most experts empty, one token, one expert, every expert chosen, no tokens, 22 choices, tiles of
+# several experts
+MLPS_OF_8 = [
+    (37, 16, 2, 48, 32),
+    (5, 128, 6, 16, 8),
+    (1, 4, 2, 16, 24),
+    (8, 1, 1, 16, 16),
+    (6, 4, 4, 8, 16),
+    (0, 3, 2, 8, 8),
+    (9, 24, 22, 16, 8),
+    (150, 3, 2, 72, 136),
+]

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from emulated import same_bits
-from moe_cases import ROUTES, ROWS, routing, slots
+from moe_cases import MLPS_OF_8, ROUTES, ROWS, mlp, routing, slots
 
 import hebatron_kernels as hk
 from hebatron_kernels import _native, testing
@@ -205,6 +205,101 @@ def test_moe_rows_have_no_race(checked, size, order):
         testing.check_oracle(hk.moe_combine_norm, norm_args(*size), BF16, "emulator", size[0] > 0)
 
 
+# ---- the whole layer ----
+
+
+@pytest.mark.parametrize("size", MLPS_OF_8)
+def test_moe_mlp_emulated_matches_oracle(size):
+    testing.check_oracle(hk.moe_mlp, mlp(*size), BF16, "emulator", size[0] > 0)
+
+
+def masters(size):
+    x, ids, weights, up, down = mlp(*size)
+    return [x.to(BF16), ids, weights.float(), up.float(), down.float()]
+
+
+@pytest.mark.parametrize("compute_capability", [80, 90])
+def test_moe_mlp_emulated_rounds_fp32_weights_and_not_their_gradients(compute_capability):
+    args = masters((37, 16, 2, 48, 32))
+    with testing.emulate(compute_capability=compute_capability):
+        testing.check_oracle(hk.moe_mlp, args, None, "emulator")
+        got = testing.run(hk.moe_mlp, args, backend="emulator")
+        same = testing.run(
+            hk.moe_mlp, [a.to(BF16) if i > 2 else a for i, a in enumerate(args)], backend="emulator"
+        )
+    assert torch.equal(got["out0"], same["out0"]) and torch.equal(got["grad0"], same["grad0"])
+    for name in ("grad3", "grad4"):
+        assert got[name].dtype == FP32 and torch.equal(got[name].to(BF16), same[name])
+        assert not torch.equal(got[name], same[name].float())
+
+
+def test_moe_mlp_emulated_takes_weights_of_any_sign_and_zero():
+    x, ids, weights, up, down = testing._cast(mlp(31, 6, 3, 48, 32), BF16)
+    weights = torch.linspace(-1.5, 1.5, 93).view(31, 3)
+    weights.view(-1)[46] = 0
+    got = testing.run(hk.moe_mlp, [x, ids, weights, up, down], backend="emulator")
+    want = testing.run(
+        hk.moe_mlp,
+        [a.double() if a.is_floating_point() else a for a in (x, ids, weights, up, down)],
+        backend="torch",
+    )
+    assert got["grad2"].flatten()[46] == 0  # as documented: nothing is kept of the row
+    want["grad2"].view(-1)[46] = 0
+    for name in want:
+        scale = want[name].abs().max().item()
+        torch.testing.assert_close(got[name].double(), want[name], rtol=2**-6, atol=2**-7 * scale, msg=name)
+
+
+def test_moe_mlp_emulated_leaves_experts_without_rows_exactly_zero_and_unread():
+    x, ids, weights, up, down = testing._cast(mlp(12, 4, 1, 48, 32), BF16)
+    ids.fill_(2)
+    others = torch.tensor([0, 1, 3])
+    up[others], down[others] = torch.nan, torch.nan
+    got = testing.run(hk.moe_mlp, [x, ids, weights, up, down], backend="emulator")
+    assert all(value.isfinite().all() for value in got.values())
+    assert got["grad3"][others].eq(0).all() and got["grad4"][others].eq(0).all()
+
+
+def test_moe_mlp_emulated_keeps_nan_to_its_token():
+    args = testing._cast(mlp(20, 6, 2, 48, 32), BF16)
+    want = hk.moe_mlp(*args, backend="emulator")
+    args[0][7] = torch.nan
+    got = hk.moe_mlp(*args, backend="emulator")
+    kept = torch.arange(20) != 7
+    assert got[7].isnan().all() and torch.equal(got[kept], want[kept])
+
+
+def test_moe_mlp_emulated_gives_only_the_gradients_asked_for():
+    args = testing._cast(mlp(10, 4, 2, 48, 32), BF16)
+    want = testing.run(hk.moe_mlp, args, backend="emulator")
+    upstream = torch.cos(torch.arange(480, dtype=torch.float64) * 0.7 + 1).view(10, 48).to(BF16)
+    for i in (0, 2, 3, 4):
+        leaves = [a.detach().requires_grad_(i == j) if j != 1 else a for j, a in enumerate(args)]
+        hk.moe_mlp(*leaves, backend="emulator").backward(upstream)
+        assert torch.equal(leaves[i].grad, want[f"grad{i}"])
+
+
+def test_moe_mlp_emulated_is_a_fixed_sequence_of_launches():
+    args = testing._cast(mlp(10, 4, 2, 48, 32), BF16)
+    _native.emulator_module.take_statistics()
+    hk.moe_mlp(*args, backend="emulator")
+    assert _native.emulator_module.take_statistics()["launches"] == 4  # tables, up, down, sum
+    testing.run(hk.moe_mlp, args, backend="emulator")
+    # tables, down back and its row sums, to slots, up back, sum, and one product for each weight
+    assert _native.emulator_module.take_statistics()["launches"] == 4 + 8
+
+
+def test_moe_mlp_emulated_gives_the_same_bits_in_every_order():
+    same_bits(hk.moe_mlp, testing._cast(mlp(23, 6, 2, 48, 40), BF16))
+
+
+@pytest.mark.parametrize("order", [{}, RANDOM])
+@pytest.mark.parametrize("size", [(9, 4, 2, 24, 16), (1, 3, 2, 8, 8), (0, 3, 2, 8, 8)])
+def test_moe_mlp_has_no_race(checked, size, order):
+    with testing.emulate(**order):
+        testing.check_oracle(hk.moe_mlp, mlp(*size), BF16, "emulator", size[0] > 0)
+
+
 # ---- the door ----
 
 
@@ -223,6 +318,28 @@ def test_moe_kernels_say_why_they_refuse():
     refused(
         "at most 8,192 columns, got 8,193", hk.moe_permute, torch.ones(1, 8193), torch.zeros(1, 1).long(), 3
     )
+    x, ids, weights, up, down = testing._cast(mlp(4, 3, 2, 16, 24), BF16)
+    refused("computes bfloat16, got float32", hk.moe_mlp, x.float(), ids, weights, up.float(), down.float())
+    refused(
+        "needs the width to be a multiple of 8 and at most 8,192, got 12",
+        hk.moe_mlp,
+        x[:, :12],
+        ids,
+        weights,
+        up[..., :12],
+        down[:, :12],
+    )
+    refused(
+        "expert width to be a multiple of 8 .*, got 20",
+        hk.moe_mlp,
+        x,
+        ids,
+        weights,
+        up[:, :20],
+        down[..., :20],
+    )
+    refused("rows of x_TD to start on 16 bytes", hk.moe_mlp, testing.strided(x), ids, weights, up, down)
+    refused("rows of down_EDF to start on 16 bytes", hk.moe_mlp, x, ids, weights, up, testing.strided(down))
 
 
 CALLS = {
@@ -230,11 +347,12 @@ CALLS = {
     "moe_permute": lambda: [torch.randn(7, 16), slots(7, 4, 2)[0], 4],
     "moe_combine": lambda: [torch.randn(14, 16), torch.randperm(14), torch.rand(7, 2), 7],
     "moe_combine_norm": lambda: testing._cast(norm_args(7, 4, 2, 16), FP32),
+    "moe_mlp": lambda: testing._cast(mlp(7, 4, 2, 16, 8), BF16),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_moe_emulated_registers_and_compiles_to_one_graph(name):
     args = CALLS[name]()
-    testing.check_registration(name, *args, backend="emulator", dtype=FP32)
+    testing.check_registration(name, *args, backend="emulator", dtype=BF16 if name == "moe_mlp" else FP32)
     testing.check_fullgraph(getattr(hk, name), args, "emulator")

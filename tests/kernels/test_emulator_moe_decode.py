@@ -170,3 +170,9 @@ def test_moe_decode_planted_bug_is_found(bug):
                     testing.check_oracle(
                         decode, problem(*PROBLEMS["tails"]), torch.bfloat16, "emulator", grad=False
                     )
+
+
+def test_moe_mlp_of_few_tokens_that_keeps_nothing_is_moe_decode():
+    args = [value.bfloat16() if value.is_floating_point() else value for value in problem(*PROBLEMS["tails"])]
+    with torch.no_grad():
+        assert torch.equal(hk.moe_mlp(*args, backend="emulator"), decode(*args))
