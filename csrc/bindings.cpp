@@ -12,6 +12,7 @@
 namespace backend = hebatron::cpu;
 #define HEBATRON_MODULE_OPS HEBATRON_CPU_OPS
 #else
+#include "cuda/grouped_gemm.h"
 #ifdef HEBATRON_EMULATOR
 #include "emulator.h"
 #else
@@ -334,6 +335,30 @@ static Args parse(const py::kwargs& kw) {
   return args;
 }
 
+#ifndef HEBATRON_MODULE_CPU
+// (use, multiprocessors, rows, experts, k, n) of a problem of the sm_90a kernels, and a measured one with its tile behind.
+using TileRow = std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, int64_t>;
+using MeasuredRow = std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+static cuda::TileUse use_of(const std::string& name) {
+  if (name == "k_major") return cuda::TileUse::k_major;
+  if (name == "n_major") return cuda::TileUse::n_major;
+  if (name == "wgrad") return cuda::TileUse::wgrad;
+  fail("sm90_tile: use must be k_major, n_major or wgrad, got " + name);
+}
+
+static std::pair<int64_t, int64_t> sm90_tile(const TileRow& row, const std::optional<std::vector<MeasuredRow>>& rows) {
+  const auto& [use, sms, count, experts, k, n] = row;
+  const cuda::TileProblem problem{use_of(use), count, experts, k, n, sms};
+  std::vector<cuda::MeasuredTile> measured;
+  if (rows)
+    for (const auto& [its_use, its_sms, its_rows, its_experts, its_k, its_n, tile_m, tile_n] : *rows)
+      measured.push_back({{use_of(its_use), its_rows, its_experts, its_k, its_n, its_sms}, {tile_m, tile_n}});
+  const cuda::GroupedGemmTile tile = cuda::sm90_tile(problem, rows ? measured : cuda::measured_tiles());
+  return {tile.m, tile.n};
+}
+#endif
+
 #ifdef HEBATRON_EMULATOR
 static const std::pair<const char*, emulator::Mode> kModes[] = {
     {"eager", emulator::Mode::eager}, {"lazy", emulator::Mode::lazy}, {"random", emulator::Mode::random}};
@@ -414,14 +439,17 @@ PYBIND11_MODULE(HEBATRON_MODULE, m) {
   m.def("available_isas", &cpu::available_isas);
   m.def("current_isa", &cpu::current_isa);
   m.def("set_isa", &cpu::set_isa);
-#elif defined(HEBATRON_EMULATOR)
+#else
+  m.def("sm90_tile", &sm90_tile, py::arg("problem"), py::arg("measured") = py::none());
+#endif
+#ifdef HEBATRON_EMULATOR
   m.def("configure", &configure_emulator);
   m.def("options", &emulator_options);
   m.def("allow_memory", [](Ptr address, size_t bytes, const std::string& name) { emulator::allow_memory((const void*)address, bytes, name); });
   m.def("forget_memory", &emulator::forget_memory);
   m.def("take_statistics", &emulator_statistics);
   m.def("checked", &emulator::checked);
-#else
+#elif !defined(HEBATRON_MODULE_CPU)
   m.def("device_count", &cuda::device_count);
   m.def("compiled_archs", &cuda::compiled_archs);
   m.def("kernels", &cuda::kernels);

@@ -1,5 +1,7 @@
 // The implementations of grouped_gemm_fwd on CUDA and the choice among them. Each refuses with a reason, or null.
 #pragma once
+#include <vector>
+
 #include "hebatron/ops.h"
 
 namespace hebatron::cuda {
@@ -18,13 +20,21 @@ Sm80Tile sm80_tile(const GroupedGemmArgs& args, int bytes_shared_per_block);
 const char* refuse_grouped_gemm_sm90(const GroupedGemmArgs& args);
 void grouped_gemm_sm90(const GroupedGemmArgs& args, const Exec& exec);
 
-// The tile of the sm_90a kernel for these sizes on a chip of `sms` multiprocessors: the one whose waves over the chip take
-// the fewest clocks. A tile takes those of the tensor cores or of its reads from L2, whichever are more, and every expert
-// ends in half a tile of rows that are not there. Arithmetic, not yet measurement.
+// The tile of the sm_90a kernels (grouped_gemm_tiles.cu): pure, and the same for one problem everywhere.
 struct GroupedGemmTile {
   int64_t m, n;
 };
-GroupedGemmTile sm90_tile(int64_t rows, int64_t experts, int64_t n, int64_t sms);
+enum class TileUse { k_major, n_major, wgrad };  // how b lies in grouped_gemm_fwd; or the gradient of the weights, where
+struct TileProblem {                             // k and n are the rows and columns of out as it lies
+  TileUse use;
+  int64_t rows, experts, k, n, sms;
+};
+struct MeasuredTile {
+  TileProblem problem;
+  GroupedGemmTile tile;
+};
+const std::vector<MeasuredTile>& measured_tiles();
+GroupedGemmTile sm90_tile(const TileProblem& problem, const std::vector<MeasuredTile>& measured = measured_tiles());
 
 // CUTLASS's stock ptr-array collective: the baseline. Built only where its headers are (HEBATRON_CUTLASS_DIR).
 const char* refuse_grouped_gemm_cutlass(const GroupedGemmArgs& args);

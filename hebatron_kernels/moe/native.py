@@ -70,9 +70,8 @@ def supports_grouped_gemm(
         return f"needs b_EKN without overlap, got strides {tuple(b_EKM.stride())}"
     if implementation is not None and implementation.startswith("cutlass") and not a_RK.is_cuda:
         return "CUTLASS's kernels run on a GPU only"
-    if implementation is not None and not implementation.startswith("sm80") and not _stored_by_output(b_EKM):
-        name = implementation.partition(":")[0]
-        return f"{name} needs b_EKN as the transposed view of weights stored (E, M, K)"
+    if implementation is not None and implementation.startswith("cutlass") and not _stored_by_output(b_EKM):
+        return "cutlass needs b_EKN as the transposed view of weights stored (E, M, K)"
     if implementation is not None and implementation.startswith("cutlass") and rows_N is not None:
         return "cutlass gathers no rows: needs them in place (moe_permute first) and rows_N=None"
     return None
@@ -91,16 +90,23 @@ def _unaligned(**tensors: Tensor) -> str | None:
 
 def kernels_grouped_gemm(a_RK: Tensor, *others: object) -> list[str]:
     name, _, _ = parse_implementation(cast(str | None, others[-1]))
-    files = {"sm80": "grouped_gemm_sm80", "sm90a": "grouped_gemm_sm90", "cutlass": "cutlass/grouped_gemm"}
+    by_output = _stored_by_output(cast(Tensor, others[0]))
+    files = {
+        "sm80": "grouped_gemm_sm80",
+        "sm90a": "grouped_gemm_sm90" if by_output else "grouped_gemm_dgrad_sm90",
+        "cutlass": "cutlass/grouped_gemm",
+    }
     if name is not None:
         return [files[name]]
     return _products(a_RK)
 
 
 def _products(x: Tensor) -> list[str]:
-    """What the automatic choice may run: on Hopper the sizes may leave the sm_90a kernel out."""
+    """What the automatic choice may run, with the gradients, each of which reads b the other way; on Hopper the sizes may
+    leave the sm_90a kernels out."""
     portable = ["grouped_gemm_sm80", "grouped_gemm_wgrad_sm80"]
-    return ["grouped_gemm_sm90", *portable] if _native.arch_of(x.get_device()) == "sm_90" else portable
+    hopper = [f"grouped_gemm_{part}sm90" for part in ("", "dgrad_", "wgrad_")]
+    return [*hopper, *portable] if _native.arch_of(x.get_device()) == "sm_90" else portable
 
 
 def _stored_by_output(b_EKM: Tensor) -> bool:

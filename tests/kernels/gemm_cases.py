@@ -1,7 +1,7 @@
 """The gradients of grouped_gemm as the CUDA kernels compute them, beside their oracle: what the tests of those share.
 
 `through_relu2` is grouped_gemm_fwd with `kept`, `weight_grad` is grouped_gemm_wgrad. Both take backend= like a public
-operator, for testing.check_oracle.
+operator, for testing.check_oracle: "emulator", or "native" with tensors on a GPU, runs the kernels.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ CASES = {
 
 def expert_of_row(ends, rows):
     """The expert of every row; past the last end, as many as there are."""
-    return torch.searchsorted(ends.long(), torch.arange(rows), right=True)
+    return torch.searchsorted(ends.long(), torch.arange(rows, device=ends.device), right=True)
 
 
 def _spans(ends):
@@ -43,14 +43,19 @@ def products(a, b, ends, rows):
     return out
 
 
+def _call(op, a, arguments):
+    call = partial(_native.call, op, **arguments)
+    return call() if a.is_cuda else _native.emulated(call)
+
+
 def call_gemm(a, b, ends, rows, scale, kept=None, relu2=True, implementation=None, **changed):
-    """grouped_gemm_fwd under the emulator: out, and the sums of rows where `kept` is given."""
+    """grouped_gemm_fwd on CUDA: out, and the sums of rows where `kept` is given."""
     count = (a if rows is None else rows).shape[0]
     by_output = b.stride(1) == 1
     stored = b.transpose(1, 2) if by_output else b
     name, tile_m, tile_n = parse_implementation(implementation)
-    out = torch.full((count, b.shape[2]), torch.nan, dtype=a.dtype)
-    row_sums = torch.full((count,), torch.nan) if kept is not None else None
+    out = a.new_full((count, b.shape[2]), torch.nan)
+    row_sums = a.new_full((count,), torch.nan, dtype=torch.float32) if kept is not None else None
     arguments = dict(
         rows=count, a_rows=a.shape[0], experts=b.shape[0], n=b.shape[2], k=b.shape[1], workers=1,
         dtype=_native.dtype_name(a), relu2=int(relu2), a=a, a_stride=a.stride(0), rows_of_a=rows,
@@ -58,13 +63,13 @@ def call_gemm(a, b, ends, rows, scale, kept=None, relu2=True, implementation=Non
         offsets=ends, scale=None if scale is None else scale.float(), kept=kept, row_sums=row_sums, out=out,
         implementation=IMPLEMENTATIONS[name] if name else 0, tile_m=tile_m, tile_n=tile_n,
     )  # fmt: skip
-    _native.emulated(partial(_native.call, "grouped_gemm_fwd", **(arguments | changed)))
+    _call("grouped_gemm_fwd", a, arguments | changed)
     return out if kept is None else (out, row_sums)
 
 
 def through_relu2(a, b, ends, rows, scale, kept, *, backend, implementation=None):
     """The gradients of h and of scale from a b[e], that of relu(h)^2 * scale = kept."""
-    if backend == "emulator":
+    if backend in ("emulator", "native"):
         return call_gemm(a, b, ends, rows, scale, kept, implementation=implementation)
     g = products(a, b, ends, rows)
     live = ((scale != 0) & (expert_of_row(ends, len(g)) < len(ends)))[:, None]
@@ -78,23 +83,23 @@ def weight_grad(a, b, ends, rows, transposed, out_dtype, *, backend, implementat
     """a[rows]^T b, expert by expert; transposed, b^T a[rows]."""
     count, width, outputs = b.shape[0], a.shape[1], b.shape[1]
     shape = (len(ends), outputs, width) if transposed else (len(ends), width, outputs)
-    if backend != "emulator":
+    if backend not in ("emulator", "native"):
         taken = a if rows is None else a[rows.long()]
         dtype = torch.float64 if backend == "reference" else out_dtype
-        out = torch.zeros(shape, dtype=dtype)
+        out = a.new_zeros(shape, dtype=dtype)
         for expert, (begin, end) in enumerate(_spans(ends)):
             product = taken[begin:end].to(dtype).t() @ b[begin:end].to(dtype)
             out[expert] = product.t() if transposed else product
         return out
     name, tile_m, tile_n = parse_implementation(implementation)
-    out = torch.full(shape, torch.nan, dtype=out_dtype)
+    out = a.new_full(shape, torch.nan, dtype=out_dtype)
     arguments = dict(
         rows=count, a_rows=a.shape[0], experts=len(ends), m=width, n=outputs, workers=1,
         dtype=_native.dtype_name(a), out_dtype=_native.dtype_name(out), a=a, a_stride=a.stride(0), rows_of_a=rows,
         b=b, b_stride=b.stride(0), offsets=ends, out=out, transposed=int(transposed),
         implementation=IMPLEMENTATIONS[name] if name else 0, tile_m=tile_m, tile_n=tile_n,
     )  # fmt: skip
-    _native.emulated(partial(_native.call, "grouped_gemm_wgrad", **(arguments | changed)))
+    _call("grouped_gemm_wgrad", a, arguments | changed)
     return out
 
 
