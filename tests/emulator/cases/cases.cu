@@ -15,6 +15,7 @@ const Cases& all_cases() {
     add_matrix_cases(cases);
     add_store_cases(cases);
     add_cluster_cases(cases);
+    add_offset_cases(cases);
     add_conformance_cases(cases);
     return cases;
   }();

@@ -81,6 +81,7 @@ void add_pipeline_cases(Cases& cases);
 void add_matrix_cases(Cases& cases);
 void add_store_cases(Cases& cases);
 void add_cluster_cases(Cases& cases);
+void add_offset_cases(Cases& cases);
 void add_conformance_cases(Cases& cases);
 
 inline std::vector<uint8_t> output;  // what the conformance case left, for Python to compare

@@ -1,0 +1,169 @@
+"""Bugs planted into the sm_90a kernels of grouped_gemm: what their tests must catch."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from gemm_cases import weight_grad, wgrad_args
+from planted import changed, planted
+from test_emulator_sm90 import check_relu2, check_wgrad
+
+from hebatron_kernels import testing
+
+DEVICE, WGRAD = "cuda/grouped_gemm_sm90.cuh", "cuda/grouped_gemm_wgrad_sm90.cu"
+LISTS = dict(TILES="X(64, 128, 64)", DGRAD_TILES="X(64, 256, 64)", WGRAD_TILES="X(128, 192)")
+WRONG = r"error \S+ over the bound|differs at"  # a wrong value
+RACE = "data race in shared memory"
+ORDERS = [dict(mode="eager"), dict(mode="lazy"), dict(mode="random", seed=1)]
+
+
+@dataclass
+class Bug:
+    """`new` in place of `old` in csrc's `file`: `catches` must fail with what `says` matches, in every order of the
+    work in flight."""
+
+    file: str
+    catches: Callable[[], Any]
+    old: str
+    new: str
+    says: str
+    dgrad: str = LISTS["DGRAD_TILES"]
+
+    @property
+    def texts(self):
+        return (self.file, self.old, self.new), LISTS | dict(DGRAD_TILES=self.dgrad)
+
+
+def forward(**texts):
+    return Bug(DEVICE, lambda: check_relu2("64x128", "few", 11 * 64 + 8, 136, True, True), **texts)
+
+
+def cluster(**texts):
+    catches = lambda: check_relu2("384x192", "few", 6 * 64, 200, True, False)  # noqa: E731
+    return Bug(DEVICE, catches, **texts, dgrad="X(384, 192, 192)")
+
+
+def edges(outputs=280, **texts):
+    return Bug(DEVICE, lambda: check_relu2("64x256", "edges", 72, outputs, True, False), **texts)
+
+
+def neighbours():
+    """A NaN in the expert behind one that ends within a step."""
+    a, b, ends, rows = wgrad_args("edges", 70, 72, 136)
+    b[int(ends[1]) : int(ends[2])] = torch.nan
+
+    def op(*args, backend):
+        named = "sm90a:128x192" if backend == "emulator" else None
+        return weight_grad(*args, False, torch.float32, backend=backend, implementation=named)
+
+    testing.check_oracle(op, [a, b, ends, rows], torch.bfloat16, "emulator", grad=False)
+
+
+def weights(catches=None, **texts):
+    default = lambda: check_wgrad("128x192", "edges", 6 * 72, 136, True, False, torch.bfloat16)  # noqa: E731
+    return Bug(WGRAD, catches or default, **texts)
+
+
+BUGS = {
+    "the producer does not wait until a stage is empty": forward(
+        old="      mbarrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);\n",
+        new="",
+        says=f"{RACE}|one arrival too many",
+    ),
+    "the consumers do not wait until a stage is full": forward(
+        old="      mbarrier_wait(&shared.full[ring.stage], ring.phase);\n", new="", says=RACE
+    ),
+    "a stage is given back before its products are done": forward(
+        old="""      wgmma_wait<1>();  // the group before this one is done, and its stage free
+      if (step > 0 && speaks) release<C>(&shared.empty[reading]);
+      reading = ring.stage;
+""",
+        new="""      if (speaks) release<C>(&shared.empty[ring.stage]);
+      wgmma_wait<1>();
+      reading = -1;
+""",
+        says=f"{RACE}|one arrival too many",
+    ),
+    "cp.async's writes are not fenced for wgmma": forward(
+        old="      if (C::kGather) fence_proxy_async();\n",
+        new="",
+        says="no fence_proxy_async stands between them",
+    ),
+    "a row of the next expert is stored": edges(
+        old="const bool mine = row < tile.row_end &&",
+        new="const bool mine = row <= tile.row_end &&",
+        says=f"{WRONG}|past the end of|race",
+    ),
+    "a row's sum is one lane's": edges(old="    sum[half] += shfl_xor(sum[half], 2);\n", new="", says=WRONG),
+    "pieces of columns that are not there are summed": edges(
+        outputs=8,  # one piece in the workspace, and two warpgroups side by side
+        old="  if (!p.kept || left >= p.n) return;",
+        new="  if (!p.kept) return;",
+        says=r"past the end of",
+    ),
+    "groups of 64 columns are taken to lie together": edges(
+        old="1024, C::kBKMajor ? 16 : kBytesGroup)", new="1024, C::kBKMajor ? 16 : 1024)", says=WRONG
+    ),
+    "a block gives back its neighbour's stage to itself": cluster(
+        old="mbarrier_arrive_rank(empty, uint32_t(rank));",
+        new="mbarrier_arrive(empty);",
+        says=f"{RACE}|one arrival too many",
+    ),
+    "a block starts before its neighbour's barriers are there": cluster(
+        old="""  if (C::kCluster > 1) {
+    cluster_sync();
+  } else {
+    block_sync();
+  }
+""",
+        new="  block_sync();\n",
+        says=f"{RACE}|before mbarrier_init",
+    ),
+    "both blocks load the same half of b": cluster(
+        old="  const int rank = C::kCluster > 1 ? int(cluster_rank()) : 0;\n#pragma unroll\n",
+        new="  const int rank = 0;\n#pragma unroll\n",
+        says=f"{RACE}|before anybody wrote it",
+    ),
+    "the neighbour's rows are multiplied by zero": weights(
+        old="const bool whole = part.end - first >= kStep;",
+        new="const bool whole = true;",
+        says="NaN differs at",
+        catches=neighbours,
+    ),
+    "an expert without rows is left as it was": weights(
+        old="      store_zeros<C>(p, part);\n", new="", says="NaN differs at"
+    ),
+    "the next rows are found too late": weights(
+        old="      find_rows(p, first + kStep + row, part.end, source);\n", new="", says=WRONG
+    ),
+    "a row past the end is gathered": weights(
+        old="        const bool exists = first + row + 16 * i < part.end;\n#pragma unroll",
+        new="        const bool exists = true;\n#pragma unroll",
+        says=f"{WRONG}|past the end of",
+        catches=lambda: check_wgrad("128x192", "edges", 72, 136, False, False, torch.bfloat16),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_still_applies(name):
+    place, lists = BUGS[name].texts
+    assert changed(*place, **lists)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_caught(name):
+    lacks = testing.emulator_lacks()
+    if lacks is not None:
+        pytest.skip(f"the emulator needs {lacks}")
+    bug = BUGS[name]
+    place, lists = bug.texts
+    with planted(*place, **lists):
+        for order in ORDERS:
+            with testing.emulate(**order), pytest.raises((AssertionError, RuntimeError)) as report:
+                bug.catches()
+            assert re.search(bug.says, str(report.value)), f"{order}: {report.value}"
