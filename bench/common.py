@@ -23,11 +23,31 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+Forms = dict[str, tuple[str, tuple[str, ...]]]
 # The kernels behind grouped_gemm: implementation, file in csrc/cuda, tiles (a test compares them with that file).
-GROUPED_GEMM = {
-    "sm90a": ("grouped_gemm_sm90", ("128x128", "128x208", "128x224", "128x232", "256x192")),
+GROUPED_GEMM: Forms = {
+    "sm90a": (
+        "grouped_gemm_sm90",
+        (
+            *("64x128", "64x256", "128x128", "128x208", "128x224", "128x232"),
+            *("192x208", "192x224", "256x192", "256x208", "384x208", "512x192"),
+        ),
+    ),
     "sm80": ("grouped_gemm_sm80", ("16x64", "64x128", "128x128")),
     "cutlass": ("cutlass/grouped_gemm", ("128x128", "128x208", "128x224")),
+}
+# The same with b's outputs contiguous, which is the product of the gradient of a.
+GROUPED_GEMM_DGRAD: Forms = {
+    "sm90a": (
+        "grouped_gemm_dgrad_sm90",
+        ("64x128", "64x256", "128x192", "192x192", "256x192", "384x192", "512x192"),
+    ),
+    "sm80": GROUPED_GEMM["sm80"],
+}
+# The gradient of b.
+GROUPED_GEMM_WGRAD: Forms = {
+    "sm90a": ("grouped_gemm_wgrad_sm90", ("128x192", "192x192", "256x192")),
+    "sm80": ("grouped_gemm_wgrad_sm80", ("64x128", "128x128")),
 }
 
 
@@ -35,10 +55,12 @@ GROUPED_GEMM = {
 OTHERS = ("norm", "moe_route", "moe_permute", "moe_combine", "moe")
 
 
-def grouped_gemm_forms(compiled: Iterable[str], compute_capability: int) -> dict[str, str]:
+def grouped_gemm_forms(
+    compiled: Iterable[str], compute_capability: int, table: Forms = GROUPED_GEMM
+) -> dict[str, str]:
     """The `implementation=` strings that a GPU of this compute capability must run, and the kernel each one is."""
     found = {}
-    for name, (kernel, tiles) in GROUPED_GEMM.items():
+    for name, (kernel, tiles) in table.items():
         if kernel in compiled and (compute_capability == 90 or (name == "sm80" and compute_capability >= 80)):
             found |= {f"{name}:{tile}": kernel for tile in tiles}
     return found

@@ -5,7 +5,7 @@
     tests        pytest -m gpu, one process a kernel, so that a fault or a hang takes no other kernel along
     sanitizer    memcheck, racecheck, initcheck, synccheck of every kernel at small shapes (gpu_sanitize.py)
     timings      the table with floors, clocks and rivals (gpu_kernels.py)
-    record       bench/results/<date>-<gpu>.json, the evidence table, the README's table
+    record       bench/results/<date>-<gpu>.json, the evidence table, the README's table, the table of tiles
 
 A step may use what the steps before it left of their time and is stopped at its deadline. With --dry-run every step
 does what it can without a GPU: nvcc builds in a copy, the emulator stands in, timings are toys, the record is thrown
@@ -29,12 +29,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from common import GROUPED_GEMM, OTHERS, ROOT
+import gpu_tiles
+from common import GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD, OTHERS, ROOT
 from gpu_table import README, RESULTS, generated, rewritten
 
 BENCH = ROOT / "bench"
 # Seconds of each step; together under 10 minutes on 16 cores and one H100 or H200.
-SECONDS = {"build": 150, "conformance": 70, "tests": 120, "sanitizer": 90, "timings": 120, "record": 10}
+SECONDS = {"build": 150, "conformance": 70, "tests": 150, "sanitizer": 90, "timings": 120, "record": 10}
 # Kernel files of the expert layer, and the tests in tests/gpu/test_gpu_moe.py that are theirs.
 MOE_TESTS = {"moe_route": "route", "moe_permute": "permute", "moe_combine": "combine", "moe": "mlp"}
 Check = dict[str, Any]
@@ -167,8 +168,11 @@ def conformance(run: Run) -> str:
 def tests(run: Run) -> str:
     """One pytest process a kernel, side by side; each leaves a line of JSON for every test it began and ended."""
     grouped, layer = "tests/gpu/test_gpu_grouped_gemm.py", "tests/gpu/test_gpu_moe.py"
+    gradients = "tests/gpu/test_gpu_grouped_gemm_gradients.py"
     jobs = [("norm", "tests/gpu/test_gpu_norm.py", "")]
     jobs += [(kernel, grouped, name) for name, (kernel, _) in GROUPED_GEMM.items()]
+    for way, table in (("way_back", GROUPED_GEMM_DGRAD), ("wgrad", GROUPED_GEMM_WGRAD)):
+        jobs += [(kernel, gradients, f"{name} and {way}") for name, (kernel, _) in table.items()]
     jobs += [(kernel, layer, select) for kernel, select in MOE_TESTS.items()]
     jobs = [job for job in jobs if run.dry or job[0] in run.facts["kernels"]]
     jobs.append(("grouped_gemm", grouped, "automatic"))
@@ -178,7 +182,7 @@ def tests(run: Run) -> str:
 
 
 def _one_pytest(run: Run, kernel: str, file: str, select: str) -> int:
-    log = f"tests_{kernel.replace('/', '_')}"
+    log = f"tests_{kernel.replace('/', '_')}{'_gradients' if 'gradients' in file else ''}"
     record = run.work / f"{log}.jsonl"
     words = ["-m", "pytest", "-m", "gpu", file, "--gpu-record", str(record), "-p", "no:cacheprovider"]
     if run.dry:  # the cheapest tests of each kind, on the emulator
@@ -211,7 +215,9 @@ def _one_pytest(run: Run, kernel: str, file: str, select: str) -> int:
 def sanitizer(run: Run) -> str:
     program = str(BENCH / "gpu_sanitize.py")
     if run.dry:
-        kernels = [*OTHERS, "grouped_gemm_sm80", "grouped_gemm_sm90"]
+        tables = (GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD)
+        named = {table[name][0] for table in tables for name in ("sm80", "sm90a")}  # no CUTLASS
+        kernels = [*OTHERS, *sorted(named)]
         for kernel in kernels:
             status, output = run.python("sanitizer", program, "--kernel", kernel, "--stand-in", "emulator")
             run.check(kernel, "stand-in", status == 0, "" if status == 0 else output[-500:])
@@ -231,9 +237,12 @@ def timings(run: Run) -> str:
     out = run.work / "timings.json"
     words = [str(BENCH / "gpu_kernels.py"), "--seconds", str(run.left() - 10), "--out", str(out)]
     broken = {check["kernel"] for check in run.checks if check["check"] == "values" and not check["passed"]}
-    named = dict(zip(OTHERS, OTHERS)) | {name: kernel for name, (kernel, _) in GROUPED_GEMM.items()}
-    for name, kernel in named.items():
-        if kernel in broken:  # a kernel that hangs would take the whole table along
+    named = {name: {name} for name in OTHERS}
+    for table in (GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD):
+        for name, (kernel, _) in table.items():
+            named.setdefault(name, set()).add(kernel)
+    for name, kernels in named.items():
+        if kernels & broken:  # a kernel that hangs would take the whole table along
             words += ["--without", name]
             run.skipped.append(f"timings of {name}: its tests failed")
     status, output = run.python("timings", *words, *(["--device", "cpu"] if run.dry else []))
@@ -292,10 +301,14 @@ def record(run: Run) -> str:
         (run.work / "README.md").write_text(
             rewritten(README.read_text(encoding="utf-8"), generated(run.work)), encoding="utf-8"
         )
+        gpu_tiles.rewritten(
+            gpu_tiles.TILES.read_text(encoding="utf-8"), gpu_tiles.measured(found["timings"], 1)
+        )
         return "refused as evidence, table made in a temporary file"
     for kernel, said in _evidence.record(path).items():
         print(f"evidence: {kernel}: {said}")
     README.write_text(rewritten(README.read_text(encoding="utf-8"), generated()), encoding="utf-8")
+    gpu_tiles.main(str(path))
     return str(path.relative_to(ROOT))
 
 
@@ -347,7 +360,7 @@ def keep(run: Run, folder: Path) -> None:
         for log in sorted(run.work.glob("*.log")):
             file.write(f"\n==== {log.name}\n{log.read_text(encoding='utf-8', errors='replace')}")
     if run.written is not None:
-        for path in (run.written, README, ROOT / "hebatron_kernels" / "evidence.json"):
+        for path in (run.written, README, gpu_tiles.TILES, ROOT / "hebatron_kernels" / "evidence.json"):
             shutil.copy2(path, folder / path.name)
 
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import GROUPED_GEMM, OTHERS
 from gpu_device import Call, Ceilings, Clocks, Device, as_row, machine
 from gpu_problems import TINY, Problem, Sizes, problems
 from torch import Tensor
@@ -93,7 +92,7 @@ def kernel_of(problem: Problem, rival: str) -> str | None:
     if rival == "ours":
         return problem.kernel
     implementation = rival.partition(":")[0]
-    return GROUPED_GEMM[implementation][0] if implementation in GROUPED_GEMM else None
+    return problem.forms[implementation][0] if implementation in problem.forms else None
 
 
 def measure(
@@ -115,6 +114,8 @@ def measure(
         "clocks": clocks.between(begin, time.monotonic()),
         "rivals": rivals,
     }
+    if problem.sizes is not None:
+        row["sizes"] = list(problem.sizes)
     checks = []
     for name, found in rivals.items():
         kernel = kernel_of(problem, name)
@@ -137,7 +138,8 @@ def leave_out(problem: Problem, names: set[str]) -> None:
     """Without these implementations of grouped_gemm or other kernels; nor what may choose or run one of them."""
     products = {"sm90a", "sm80"}
     layer = {"moe", "moe_permute", "moe_combine", *products}
-    choice = {"grouped_gemm": products, "moe": layer}.get(problem.kernel, {problem.kernel})
+    chosen = {"grouped_gemm": products, "grouped_gemm_wgrad": products, "moe": layer}
+    choice = chosen.get(problem.kernel, {problem.kernel})
     for rival in list(problem.rivals):
         if rival.partition(":")[0] in names or (rival == "ours" and choice & names):
             del problem.rivals[rival]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import grouped_gemm_forms
+from common import GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD, Forms, grouped_gemm_forms
 from gpu_device import Call
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hebatron_kernels as hk
 from hebatron_kernels import _native
+from hebatron_kernels.moe.native import IMPLEMENTATIONS, parse_implementation
+from hebatron_kernels.moe.native_gemm import grouped_gemm_wgrad
 
 BF16 = torch.bfloat16
 
@@ -69,6 +71,8 @@ class Problem:
     rivals: dict[str, Call]
     reference: str = ""  # the rival whose result the others must give
     other_results: set[str] = field(default_factory=set)  # rivals that do less than the whole operator
+    forms: Forms = field(default_factory=lambda: GROUPED_GEMM)  # what the rivals named by implementation are
+    sizes: tuple[str, int, int, int, int] | None = None  # use, rows, experts, k, n: of the table of tiles
 
 
 Maker = Callable[[], Problem]
@@ -79,9 +83,9 @@ def problems(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
     weights: dict[str, Tensor] = {}
     routed = [(tokens, routing) for routing in ("uniform", "zipf") for tokens in sizes.tokens]
     for tokens, routing in [*routed, (sizes.tokens_once, "uniform")]:
-        for step in ("up", "down"):
+        for step, make in STEPS.items():
             name = f"grouped_gemm {step} {tokens} {routing}"
-            yield name, partial(grouped, sizes, device, weights, step, tokens, routing)
+            yield name, partial(make, sizes, device, weights, step, tokens, routing)
         if (tokens, routing) == routed[len(sizes.tokens) - 1]:
             yield from norms(sizes, device)
             yield from layers(sizes, device, weights)
@@ -126,7 +130,7 @@ def grouped(
     rivals: dict[str, Call] = {"torch form": lambda: hk.grouped_gemm(*args, backend="torch")}
     if device.type == "cuda":
         rivals["ours"] = lambda: hk.grouped_gemm(*args, backend="native")
-        for form in forms_of(device):
+        for form in forms_of(device, GROUPED_GEMM):
             given = in_place if form.startswith("cutlass") else args
             rivals[form] = partial(hk.grouped_gemm, *given, implementation=form, backend="native")
     grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -141,13 +145,153 @@ def grouped(
         rivals,
         "torch form",
         {name for name in rivals if name.endswith("product alone")},
+        sizes=("k_major", count, sizes.experts, inner, outer),
     )
 
 
-def forms_of(device: torch.device) -> list[str]:
+def way_back(
+    sizes: Sizes, device: torch.device, weights: dict[str, Tensor], step: str, tokens: int, routing: str
+) -> Problem:
+    """dgrad down: gather, product with the outputs of b contiguous, back through relu2, sums of rows. dgrad up: the
+    product alone, of rows as they lie."""
+    down = step == "dgrad down"
+    stored = "down" if down else "up"  # (experts, inner, outer) here, as the forward stores it
+    inner, outer = (sizes.width, sizes.expert_width) if down else (sizes.expert_width, sizes.width)
+    if stored not in weights:
+        weights[stored] = torch.randn(sizes.experts, inner, outer, device=device, dtype=BF16) * 0.02
+    b_EKN = weights[stored]
+    rows_N, offsets_E = route(sizes, tokens, routing, device)
+    count = rows_N.numel()
+    a = torch.randn(tokens if down else count, inner, device=device, dtype=BF16)
+    scale_N = torch.rand(count, device=device) + 0.5
+    kept = (
+        (torch.randn(count, outer, device=device).relu_() ** 2 * scale_N[:, None]).to(BF16) if down else None
+    )
+
+    def torch_form() -> list[Tensor]:
+        left = a.index_select(0, rows_N) if down else a
+        g = hk.grouped_gemm(left, b_EKN, offsets_E, backend="torch")
+        if kept is None:
+            return [g]
+        wide = kept.float()
+        h_grad = (2.0 * (wide * scale_N[:, None]).sqrt() * g).to(BF16)
+        return [h_grad, (g.float() * wide).sum(1) / scale_N]
+
+    rivals: dict[str, Call] = {"torch form": torch_form}
+    if device.type == "cuda":
+        taken = rows_N if down else None
+        ours = partial(way_back_of, a, b_EKN, offsets_E, taken, scale_N if down else None, kept)
+        rivals["ours"] = partial(ours, None)
+        for form in forms_of(device, GROUPED_GEMM_DGRAD):
+            rivals[form] = partial(ours, form)
+    used = int((offsets_E.diff(prepend=offsets_E.new_zeros(1)) > 0).sum())
+    return Problem(
+        "grouped_gemm",
+        f"{step} {tokens} {routing}",
+        2.0 * (used * inner * outer + a.numel() + (2 if down else 1) * count * outer)
+        + (12.0 * count if down else 0.0),
+        2.0 * count * inner * outer,
+        rivals,
+        "torch form",
+        forms=GROUPED_GEMM_DGRAD,
+        sizes=("n_major", count, sizes.experts, inner, outer),
+    )
+
+
+def way_back_of(
+    a: Tensor,
+    b_EKN: Tensor,
+    offsets_E: Tensor,
+    rows_N: Tensor | None,
+    scale_N: Tensor | None,
+    kept: Tensor | None,
+    form: str | None,
+) -> list[Tensor]:
+    name, tile_m, tile_n = parse_implementation(form)
+    count = (a if rows_N is None else rows_N).shape[0]
+    out = a.new_empty(count, b_EKN.shape[2])
+    row_sums = None if kept is None else torch.empty(count, device=a.device)
+    _native.call(
+        "grouped_gemm_fwd",
+        rows=count,
+        a_rows=a.shape[0],
+        experts=b_EKN.shape[0],
+        n=b_EKN.shape[2],
+        k=b_EKN.shape[1],
+        workers=1,
+        dtype="bfloat16",
+        relu2=int(kept is not None),
+        a=a,
+        a_stride=a.stride(0),
+        rows_of_a=rows_N,
+        b=b_EKN,
+        b_expert_stride=b_EKN.stride(0),
+        b_stride=b_EKN.stride(1),
+        b_k_major=0,
+        offsets=offsets_E,
+        scale=scale_N,
+        kept=kept,
+        row_sums=row_sums,
+        out=out,
+        implementation=IMPLEMENTATIONS[name] if name else 0,
+        tile_m=tile_m,
+        tile_n=tile_n,
+    )
+    return [out] if row_sums is None else [out, row_sums]
+
+
+def weights_gradient(
+    sizes: Sizes, device: torch.device, weights: dict[str, Tensor], step: str, tokens: int, routing: str
+) -> Problem:
+    """wgrad up: the gradient of (experts, expert_width, width) from x gathered; wgrad down: of (experts, width,
+    expert_width) from the gradient of y gathered."""
+    up = step == "wgrad up"
+    rows_N, offsets_E = route(sizes, tokens, routing, device)
+    count = rows_N.numel()
+    a = torch.randn(tokens, sizes.width, device=device, dtype=BF16)
+    b = torch.randn(count, sizes.expert_width, device=device, dtype=BF16)
+    ends = [0, *offsets_E.tolist()]
+
+    def torch_form() -> Tensor:
+        taken = a.index_select(0, rows_N)
+        left, right = (b, taken) if up else (taken, b)
+        return torch.ops.hebatron._torch_weight_gemm(left, right, offsets_E)
+
+    rivals: dict[str, Call] = {"torch form": torch_form}
+    if device.type == "cuda":
+        ours = partial(grouped_gemm_wgrad, a, b, offsets_E, rows_N, BF16, up)
+        rivals["ours"] = partial(ours, None)
+        for form in forms_of(device, GROUPED_GEMM_WGRAD):
+            rivals[form] = partial(ours, form)
+    used = sum(1 for e in range(sizes.experts) if ends[e + 1] > ends[e])
+    down_rows, across = (sizes.expert_width, sizes.width) if up else (sizes.width, sizes.expert_width)
+    return Problem(
+        "grouped_gemm_wgrad",
+        f"{step} {tokens} {routing}",
+        2.0 * (sizes.experts * sizes.width * sizes.expert_width + (a.numel() + b.numel()) * (used > 0))
+        + 4.0 * count,
+        2.0 * count * sizes.width * sizes.expert_width,
+        rivals,
+        "torch form",
+        forms=GROUPED_GEMM_WGRAD,
+        sizes=("wgrad", count, sizes.experts, down_rows, across),
+    )
+
+
+STEPS: dict[str, Callable[..., Problem]] = {
+    "up": grouped,
+    "down": grouped,
+    "dgrad down": way_back,
+    "dgrad up": way_back,
+    "wgrad up": weights_gradient,
+    "wgrad down": weights_gradient,
+}
+
+
+def forms_of(device: torch.device, table: Forms) -> list[str]:
     major, minor = torch.cuda.get_device_capability(device)
     compiled = [] if _native.cuda_module is None else _native.cuda_module.kernels()
-    return list(grouped_gemm_forms(compiled, 10 * major + minor))
+    return list(grouped_gemm_forms(compiled, 10 * major + minor, table))
 
 
 def by_expert(a_NK: Tensor, b_EKM: Tensor, ends: list[int]) -> Tensor:

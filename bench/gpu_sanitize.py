@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -26,16 +26,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from gpu_sanitize_gemm import FORMS, grouped_cases
 from gpu_sanitize_moe import CASES, moe_cases
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
-# The number of the implementation in csrc/hebatron/ops.h and its tiles.
-FORMS = {
-    "grouped_gemm_sm80": (1, [(16, 64), (64, 128), (128, 128)]),
-    "grouped_gemm_sm90": (2, [(128, 128), (128, 208), (128, 224), (128, 232), (256, 192)]),
-    "cutlass/grouped_gemm": (3, [(128, 128), (128, 208), (128, 224)]),
-}
 KERNELS = ("norm", *FORMS, *CASES)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERROR_EXIT = 86
@@ -236,74 +231,6 @@ def _norm(run: Runner, random: np.random.Generator, form: str, rows: int, width:
         run.compare("grad_gate", grad_gate, dv * u * sigmoid * (1 + other * (1 - sigmoid)))
 
 
-def grouped_cases(kernel: str) -> Callable[[Card | Emulator, np.random.Generator], Iterator[str]]:
-    def cases(card: Card | Emulator, random: np.random.Generator) -> Iterator[str]:
-        implementation, tiles = FORMS[kernel]
-        for m, n in tiles:
-            for by_output in (True, False):
-                if not by_output and implementation != 1:
-                    continue  # only sm80 takes weights stored by width
-                for whole in (False, True):
-                    _grouped(Runner(card, "bfloat16"), random, implementation, m, n, by_output, whole)
-                    yield f"tile {m}x{n}{'' if by_output else ' by width'}{' whole' if whole else ''}"
-
-    return cases
-
-
-def _grouped(
-    run: Runner,
-    random: np.random.Generator,
-    implementation: int,
-    m: int,
-    n: int,
-    by_output: bool,
-    whole: bool,
-) -> None:
-    counts, tail, width, outputs = [0, 1, 37, 0, 130], 3, 136, 264
-    rows, gather = sum(counts) + tail, whole and implementation != 3  # CUTLASS gathers no rows
-    source = 50 if gather else rows
-    a = run.rounded(random.standard_normal((source, width)).astype(np.float32))
-    stored = (len(counts), outputs, width) if by_output else (len(counts), width, outputs)
-    b = run.rounded(random.standard_normal(stored).astype(np.float32) * width**-0.5)
-    taken = random.integers(0, source, rows, dtype=np.int32)
-    scale = random.random(rows, dtype=np.float32) + 0.5
-    offsets = np.cumsum(counts).astype(np.int32)
-    out = run.output(rows, outputs)
-    run.call(
-        "grouped_gemm_fwd",
-        rows=rows,
-        a_rows=source,
-        experts=len(counts),
-        n=outputs,
-        k=width,
-        relu2=int(whole),
-        a=run.put(a),
-        a_stride=width,
-        rows_of_a=run.card.put(taken) if gather else None,
-        b=run.put(b),
-        b_expert_stride=outputs * width,
-        b_stride=stored[2],
-        b_k_major=int(by_output),
-        offsets=run.card.put(offsets),
-        scale=run.card.put(scale) if whole else None,
-        kept=None,
-        row_sums=None,
-        out=out,
-        implementation=implementation,
-        workers=1,
-        dtype=run.dtype,
-        tile_m=m,
-        tile_n=n,
-    )
-    want = np.zeros((rows, outputs), np.float32)
-    for expert, (begin, end) in enumerate(zip([0, *offsets], offsets)):
-        of_rows = a[taken[begin:end]] if gather else a[begin:end]
-        want[begin:end] = of_rows @ (b[expert].T if by_output else b[expert])
-    if whole:
-        want = np.maximum(want, 0) ** 2 * scale[:, None]
-    run.compare("out", out, want)
-
-
 def run_cases(kernel: str, stand_in: bool) -> None:
     card = Emulator() if stand_in else Card()
     if kernel not in card.kernels():
@@ -311,8 +238,10 @@ def run_cases(kernel: str, stand_in: bool) -> None:
     random = np.random.default_rng(0)
     if kernel in CASES:
         names = moe_cases(kernel, partial(Runner, card), random)
+    elif kernel == "norm":
+        names = norm_cases(card, random)
     else:
-        names = (norm_cases if kernel == "norm" else grouped_cases(kernel))(card, random)
+        names = grouped_cases(kernel, Runner(card, "bfloat16"), random, stand_in)
     for name in names:
         print(f"{kernel}: {name}", flush=True)
 

@@ -14,7 +14,8 @@ import torch
 from hebatron_kernels import _native, testing
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-sys.path[:0] = [str(BENCH), str(BENCH / "conformance")]
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"  # gemm_cases
+sys.path[:0] = [str(BENCH), str(BENCH / "conformance"), str(KERNELS)]
 from gpu_cases import Place  # noqa: E402  (bench first: it is on no path of its own)
 
 record = None

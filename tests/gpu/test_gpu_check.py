@@ -14,7 +14,7 @@ import gpu_kernels
 import gpu_table
 import pytest
 import torch
-from common import GROUPED_GEMM, ROOT, grouped_gemm_forms
+from common import GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD, ROOT, grouped_gemm_forms
 
 from hebatron_kernels import _evidence, _native, testing
 
@@ -44,6 +44,7 @@ def test_dry_run_goes_through_every_step_that_needs_no_compiler(tmp_path):
     ]
     kernels = {check["kernel"] for check in found["checks"]}
     assert kernels >= {"norm", "grouped_gemm_sm80", "grouped_gemm_sm90", "grouped_gemm"}
+    assert kernels >= {"grouped_gemm_dgrad_sm90", "grouped_gemm_wgrad_sm80", "grouped_gemm_wgrad_sm90"}
     assert len(found["timings"]) > 20 and not found["kernels"]
     assert "mean nothing" in gpu_table.table(record.name, found)
 
@@ -149,18 +150,56 @@ def test_a_tool_passes_only_with_its_own_clean_summary(tmp_path, script, tool, p
 # Timings
 
 
+def tiles_in_source(kernel):
+    lists = {"sm90": "TILES", "dgrad_sm90": "DGRAD_TILES", "wgrad_sm90": "WGRAD_TILES"}
+    name = lists.get(kernel.removeprefix("grouped_gemm_"))
+    if name is not None:
+        text = (ROOT / "csrc/cuda/grouped_gemm_sm90.h").read_text().replace("\\\n", "")
+        (entries,) = re.findall(rf"#define HEBATRON_SM90_{name}\(X\) (.*)", text)
+        return [f"{m}x{n}" for m, n in re.findall(r"X\((\d+), (\d+)", entries)]
+    text = (ROOT / "csrc" / "cuda" / f"{kernel}.cu").read_text()
+    (named,) = re.findall(r'"(?:the tile must be|has the tiles) ([\dx, orand]+)', text)
+    return re.findall(r"\d+x\d+", named)
+
+
 def test_tiles_are_those_of_the_kernels():
-    for kernel, tiles in GROUPED_GEMM.values():
-        text = (ROOT / "csrc" / "cuda" / f"{kernel}.cu").read_text()
-        (named,) = re.findall(r'"(?:the tile must be|has the tiles) ([\dx, orand]+)"', text)
-        assert sorted(re.findall(r"\d+x\d+", named)) == sorted(tiles), kernel
+    from gpu_sanitize_gemm import FORMS
+
+    for table in (GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD):
+        for kernel, tiles in table.values():
+            assert sorted(tiles_in_source(kernel)) == sorted(tiles), kernel
+            assert sorted(f"{m}x{n}" for m, n in FORMS[kernel][1]) == sorted(tiles), kernel
+
+
+def test_the_table_of_tiles_takes_what_was_fastest(tmp_path):
+    import gpu_tiles
+
+    def row(routing, **times):
+        rivals = {f"sm90a:{name.removeprefix('t')}": {"ms": ms} for name, ms in times.items()}
+        rivals |= {"ours": {"ms": 0.1}, "sm80:16x64": {"ms": 0.01}, "sm90a:64x256": {"error": "wrong"}}
+        return {"sizes": ["k_major", 6, 128, 2688, 1856], "case": routing, "rivals": rivals}
+
+    rows = [row("uniform", t64x128=1.0, t128x208=1.1), row("zipf", t64x128=3.0, t128x208=2.0)]
+    found = gpu_tiles.measured([*rows, {"kernel": "norm", "rivals": {}}], 132)
+    assert found == {("k_major", 132, 6, 128, 2688, 1856): (128, 208)}
+    empty = gpu_tiles.TILES.read_text()
+    once = gpu_tiles.rewritten(empty, found)
+    assert "Empty" not in once and gpu_tiles.read(once) == found
+    other = {("wgrad", 78, 6, 128, 2688, 1856): (192, 192)}
+    both = gpu_tiles.rewritten(once, other)
+    assert gpu_tiles.read(both) == found | other and both.count("#define") == 1
+    assert both.splitlines()[-3:] == [
+        "#define HEBATRON_SM90_MEASURED(X) \\",
+        "  X(k_major, 132, 6, 128, 2688, 1856, 128, 208) \\",
+        "  X(wgrad, 78, 6, 128, 2688, 1856, 192, 192)",
+    ]
 
 
 def test_forms_are_those_a_gpu_must_run():
     compiled = ["norm", "grouped_gemm_sm80", "grouped_gemm_sm90"]
     assert set(grouped_gemm_forms(compiled, 80).values()) == {"grouped_gemm_sm80"}
     assert set(grouped_gemm_forms(compiled, 90).values()) == {"grouped_gemm_sm80", "grouped_gemm_sm90"}
-    assert len(grouped_gemm_forms([*compiled, "cutlass/grouped_gemm"], 90)) == 11
+    assert len(grouped_gemm_forms([*compiled, "cutlass/grouped_gemm"], 90)) == 18
     assert not grouped_gemm_forms([], 90) and not grouped_gemm_forms(compiled, 75)
 
 
