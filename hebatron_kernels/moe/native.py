@@ -102,8 +102,8 @@ def kernels_grouped_gemm(a_RK: Tensor, *others: object) -> list[str]:
 
 
 def _products(x: Tensor) -> list[str]:
-    """What the automatic choice may run, with the gradients, each of which reads b the other way; on Hopper the sizes may
-    leave the sm_90a kernels out."""
+    """What the automatic choice may run, with the gradients, each of which reads b the other way; on Hopper the sizes
+    may leave the sm_90a kernels out."""
     portable = ["grouped_gemm_sm80", "grouped_gemm_wgrad_sm80"]
     hopper = [f"grouped_gemm_{part}sm90" for part in ("", "dgrad_", "wgrad_")]
     return [*hopper, *portable] if _native.arch_of(x.get_device()) == "sm_90" else portable
