@@ -38,6 +38,8 @@ BENCH = ROOT / "bench"
 SECONDS = {"build": 150, "conformance": 70, "tests": 150, "sanitizer": 90, "timings": 120, "record": 10}
 # Kernel files of the expert layer, and the tests in tests/gpu/test_gpu_moe.py that are theirs.
 MOE_TESTS = {"moe_route": "route", "moe_permute": "permute", "moe_combine": "combine", "moe": "mlp"}
+# hebatron_kernels._triton.kernel("moe"); not imported: the first step builds the package
+TRITON = "moe/triton"
 Check = dict[str, Any]
 
 
@@ -48,7 +50,7 @@ class Run:
         self.checks: list[Check] = []
         self.steps: list[dict[str, Any]] = []
         self.skipped: list[str] = []
-        self.facts: dict[str, Any] = {"machine": {}, "kernels": {}, "toolkit": 0}
+        self.facts: dict[str, Any] = {"machine": {}, "kernels": {}, "toolkit": 0, "compilers": {}}
         self.timings: dict[str, Any] = {}
         self.written: Path | None = None
 
@@ -174,7 +176,8 @@ def tests(run: Run) -> str:
     for way, table in (("way_back", GROUPED_GEMM_DGRAD), ("wgrad", GROUPED_GEMM_WGRAD)):
         jobs += [(kernel, gradients, f"{name} and {way}") for name, (kernel, _) in table.items()]
     jobs += [(kernel, layer, select) for kernel, select in MOE_TESTS.items()]
-    jobs = [job for job in jobs if run.dry or job[0] in run.facts["kernels"]]
+    jobs.append((TRITON, "tests/gpu/test_gpu_triton.py", ""))
+    jobs = [job for job in jobs if (run.dry and job[0] != TRITON) or job[0] in run.facts["kernels"]]
     jobs.append(("grouped_gemm", grouped, "automatic"))
     with ThreadPoolExecutor(4) as pool:
         counts = list(pool.map(lambda job: _one_pytest(run, *job), jobs))
@@ -237,7 +240,7 @@ def timings(run: Run) -> str:
     out = run.work / "timings.json"
     words = [str(BENCH / "gpu_kernels.py"), "--seconds", str(run.left() - 10), "--out", str(out)]
     broken = {check["kernel"] for check in run.checks if check["check"] == "values" and not check["passed"]}
-    named = {name: {name} for name in OTHERS}
+    named = {"triton": {TRITON}} | {name: {name} for name in OTHERS}
     for table in (GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD):
         for name, (kernel, _) in table.items():
             named.setdefault(name, set()).add(kernel)
@@ -263,6 +266,7 @@ def results(run: Run) -> dict[str, Any]:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "torch": machine.get("torch", "-"),
         "toolkit": run.facts["toolkit"],
+        "compilers": run.facts["compilers"],
         "dry_run": run.dry,
         "commit": run.commit,
         "command": "bench/gpu_check.sh " + " ".join(sys.argv[1:]),

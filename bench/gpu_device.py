@@ -220,7 +220,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     """What the record says of the GPU and of the module that runs on it, as JSON."""
-    from hebatron_kernels import _native
+    from hebatron_kernels import _native, _triton
 
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU")
@@ -232,7 +232,19 @@ def main() -> None:
         time.sleep(0.5)
     found["idle_clocks"] = clocks.between(begin, time.monotonic())
     kernels = {name: built["digest"] for name, built in _native.cuda_module.kernels().items()}
-    print(json.dumps({"machine": found, "kernels": kernels, "toolkit": _native.cuda_module.toolkit()}))
+    compilers = {}
+    if _triton.version:
+        kernels[_triton.kernel("moe")], compilers[_triton.kernel("moe")] = (
+            _triton.digest("moe"),
+            _triton.compiler(),
+        )
+    facts = {
+        "machine": found,
+        "kernels": kernels,
+        "toolkit": _native.cuda_module.toolkit(),
+        "compilers": compilers,
+    }
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from gpu_device import Call, Ceilings, Clocks, Device, as_row, machine
 from gpu_problems import TINY, Problem, Sizes, problems
 from torch import Tensor
 
-from hebatron_kernels import _native
+from hebatron_kernels import _native, _triton
 
 REPEATS = 15
 FARTHEST = (
@@ -92,6 +92,8 @@ def kernel_of(problem: Problem, rival: str) -> str | None:
     """The kernel that a rival exercises, where it is one of ours; the choice among several is none of them."""
     if rival == "ours":
         return problem.kernel
+    if rival == "triton":
+        return _triton.kernel("moe")
     implementation = rival.partition(":")[0]
     return problem.forms[implementation][0] if implementation in problem.forms else None
 
@@ -170,7 +172,7 @@ def main() -> int:
         "--without",
         action="append",
         default=[],
-        help=f"leave this out: {', '.join(OTHERS)}, sm90a, sm80, cutlass",
+        help=f"leave this out: {', '.join(OTHERS)}, sm90a, sm80, cutlass, triton",
     )
     options = parser.parse_args()
     if options.device == "cuda" and (not torch.cuda.is_available() or _native.cuda_module is None):

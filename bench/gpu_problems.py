@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hebatron_kernels as hk
-from hebatron_kernels import _native
+from hebatron_kernels import _native, _triton
 from hebatron_kernels.moe.native import IMPLEMENTATIONS, parse_implementation
 from hebatron_kernels.moe.native_gemm import grouped_gemm_wgrad
 
@@ -130,6 +130,8 @@ def grouped(
     rivals: dict[str, Call] = {"torch form": lambda: hk.grouped_gemm(*args, backend="torch")}
     if device.type == "cuda":
         rivals["ours"] = lambda: hk.grouped_gemm(*args, backend="native")
+        if _triton.refusal(a) is None:
+            rivals["triton"] = lambda: hk.grouped_gemm(*args, backend="triton")
         for form in forms_of(device, GROUPED_GEMM):
             given = in_place if form.startswith("cutlass") else args
             rivals[form] = partial(hk.grouped_gemm, *given, implementation=form, backend="native")

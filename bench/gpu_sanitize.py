@@ -1,8 +1,10 @@
-"""compute-sanitizer's four tools over every CUDA kernel at small shapes, each in a process of its own, without torch.
+"""compute-sanitizer's four tools over every kernel at small shapes, each in a process of its own. Without torch, but
+for the Triton kernels, which launch through it: each tensor is one allocation there, torch computes one sum only.
 
     python bench/gpu_sanitize.py [--seconds 80] [--out checks.json]
     python bench/gpu_sanitize.py --kernel norm       what runs inside a tool: one kernel's cases, compared with numpy
     python bench/gpu_sanitize.py --kernel norm --stand-in emulator     the same on the emulator's checked build
+    TRITON_INTERPRET=1 python bench/gpu_sanitize.py --kernel moe/triton --stand-in interpreter
 
 Memory comes from the driver, one allocation a tensor: torch's allocator would hide accesses beyond a tensor's end, and
 its own kernels would fill the report. Shapes are ragged and small: a tool slows a kernel down a hundredfold.
@@ -31,7 +33,8 @@ from gpu_sanitize_moe import CASES, moe_cases
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("norm", *FORMS, *CASES)
+TRITON = "moe/triton"
+KERNELS = ("norm", *FORMS, *CASES, TRITON)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERROR_EXIT = 86
 Floats = NDArray[np.float32]
@@ -231,7 +234,55 @@ def _norm(run: Runner, random: np.random.Generator, form: str, rows: int, width:
         run.compare("grad_gate", grad_gate, dv * u * sigmoid * (1 + other * (1 - sigmoid)))
 
 
+def triton_cases(device: str) -> Iterator[str]:
+    """Every size of the blocks, both layouts of b, forward and gradients."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from hebatron_kernels.moe import triton_kernels as kernels
+
+    torch.manual_seed(0)
+    sizes = [(torch.bfloat16, mean) for mean in (8, 25, 70, 130)] + [
+        (torch.float32, mean) for mean in (8, 40)
+    ]
+    for dtype, mean in sizes:
+        for by_output in (True, False):
+            counts, tail, width, outputs = [0, 1, 2 * mean + 5, 0, 2 * mean], 3, 136, 264
+            rows, source = sum(counts) + tail, 50
+            a = torch.randn(source, width).to(dtype)
+            stored = (len(counts), outputs, width) if by_output else (len(counts), width, outputs)
+            b, ends = (torch.randn(stored) * width**-0.5).to(dtype), torch.tensor(counts).cumsum(0).int()
+            taken, scale = torch.randint(source, (rows,)).int(), torch.rand(rows) + 0.5
+            grad = torch.randn(rows, outputs).to(dtype)
+            # moved as they are stored: torch's own kernels run nowhere
+            a_, b_, ends_, taken_, scale_, grad_ = (t.to(device) for t in (a, b, ends, taken, scale, grad))
+            b_, b = (t.transpose(1, 2) if by_output else t for t in (b_, b))
+            out = kernels.product(a_, b_, ends_, taken_, scale_, "relu2")
+            grad_h, grad_scale = kernels.product_grad(grad_, a_, b_, ends_, taken_, scale_, "relu2")
+            grad_b = kernels.weight_grad(a_, grad_, ends_, taken_)
+            chosen, experts = a[taken.long()].float(), torch.bucketize(torch.arange(rows), ends, right=True)
+            used = experts < len(counts)
+            h = torch.einsum("nk,nkm->nm", chosen, b.float()[experts.clamp(max=len(counts) - 1)])
+            h, g = h * used[:, None], grad.float() * used[:, None]
+            one_hot = torch.nn.functional.one_hot(experts, len(counts) + 1)[:, :-1].float()
+            wanted = {
+                "out": (out, h.relu() ** 2 * scale[:, None]),
+                "grad_h": (grad_h, 2 * h.relu() * g * scale[:, None]),
+                "grad_scale": (grad_scale, (g * h.relu() ** 2).sum(1)),
+                "grad_b": (grad_b, torch.einsum("ne,nk,nm->ekm", one_hot, chosen, g)),
+            }
+            for name, (got, want) in wanted.items():
+                error = ((got.cpu().float() - want).abs().max() / want.abs().max()).item()
+                if not error <= (2e-2 if dtype == torch.bfloat16 else 1e-4):
+                    raise AssertionError(f"{name}: error {error:.2e} of the largest value")
+            yield f"{dtype} {mean} rows an expert{' by output' if by_output else ''}"
+
+
 def run_cases(kernel: str, stand_in: bool) -> None:
+    if kernel == TRITON:
+        for name in triton_cases("cpu" if stand_in else "cuda"):
+            print(f"{kernel}: {name}", flush=True)
+        return
     card = Emulator() if stand_in else Card()
     if kernel not in card.kernels():
         raise FileNotFoundError(f"the module is without {kernel}, it has {', '.join(card.kernels())}")
@@ -279,7 +330,11 @@ def _under_tool(sanitizer: str, tool: str, kernel: str, seconds: float) -> tuple
     driver = [sys.executable, str(Path(__file__).resolve()), "--kernel", kernel]
     command = [sanitizer, "--tool", tool, "--error-exitcode", str(ERROR_EXIT), *more, *driver]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
     try:
         output = process.communicate(timeout=seconds)[0].decode(errors="replace")
@@ -308,7 +363,7 @@ def _last(output: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kernel", choices=KERNELS, default=None)
-    parser.add_argument("--stand-in", choices=["emulator"], default=None)
+    parser.add_argument("--stand-in", choices=["emulator", "interpreter"], default=None)
     parser.add_argument("--seconds", type=float, default=80)
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
@@ -317,7 +372,8 @@ def main() -> int:
         return 0
     from common import save_checks
 
-    checks = sanitize(Card().kernels(), options.seconds)
+    kernels = Card().kernels() + ([TRITON] if importlib.util.find_spec("triton") else [])
+    checks = sanitize(kernels, options.seconds)
     for row in checks:
         print(f"  {row['check']:<9} {row['kernel']:<22} {'ok' if row['passed'] else row['detail']}")
     if options.out:

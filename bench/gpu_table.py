@@ -51,10 +51,10 @@ def _row(row: Record) -> str:
     mine = f"{ours['ms']:.4g} | {ours['percent_of_floor']:.0f} %" if "ms" in ours else "- | -"
     clock = row["clocks"].get("clocks.sm")
     if row["kernel"] == "norm":
-        others = ["-", "-", _best(rivals, "F.rms_norm")]
+        others = ["-", "-", "-", _best(rivals, "F.rms_norm")]
     else:
         alone = {name: found for name, found in rivals.items() if name.endswith("product alone")}
-        others = [_best(rivals, "sm90a:"), _best(rivals, "cutlass:"), _best(alone, "")]
+        others = [_best(rivals, wanted) for wanted in ("sm90a:", "triton", "cutlass:")] + [_best(alone, "")]
     cells = [row["kernel"], row["case"], f"{row['floor_ms']:.4g}", mine, *others, _best(rivals, "torch form")]
     return f"| {' | '.join(cells)} | {clock:.0f} |" if clock else f"| {' | '.join(cells)} | - |"
 
@@ -86,6 +86,7 @@ def table(name: str, record: Record) -> str:
             "ours ms",
             "of floor",
             "best sm90a tile",
+            "Triton",
             "CUTLASS",
             "torch's product",
             "torch form",

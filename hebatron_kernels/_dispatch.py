@@ -7,7 +7,8 @@ arguments, and may have two more:
 An operator made with `fake_keep` may have, in place of <op>_bwd, a forward that keeps tensors for its backward:
   <op>_keep(*args) -> (*results, *kept)      called only when a gradient is needed
   <op>_keep_bwd(grads, kept, wanted, *args) -> list as above; an empty tensor where wanted[i] is False
-A native one with CUDA has one more, kernels_<op>(*args): the files of csrc/cuda that may run.
+A native one with CUDA has one more, kernels_<op>(*args): the files of csrc/cuda that may run; a triton one has
+unproven_<op>(*args) -> None | reason: why it is not chosen unasked. Both ask the evidence table.
 `torch` is a differentiable composite and is called as it is, so autograd and Inductor see through it. The others go
 through the private op hebatron::_<op>, whose backward hebatron::_<op>_bwd calls <op>_bwd or, where that is missing,
 torch.autograd.grad over the implementation itself (`reference`) or over the torch form (`native`). `emulator` is the
@@ -200,7 +201,9 @@ class Operator:
         if backend not in AUTOMATIC:
             return self.refusal(backend, args) or "supported, only by name"
         reason = self.refusal(backend, args)
-        if reason is None and backend == "native" and args[0].is_cuda:
+        if reason is None and backend == "triton":
+            reason = self._form(backend, f"unproven_{self.name}")(*args)
+        elif reason is None and backend == "native" and args[0].is_cuda:
             reason = _native.unproven(
                 self._form(backend, f"kernels_{self.name}")(*args), args[0].get_device()
             )

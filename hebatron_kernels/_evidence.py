@@ -10,6 +10,9 @@ architecture. Only `record` writes it, from the results file of a run of bench/g
      "checks": [{"kernel": "norm", "check": "values", "passed": true, "detail": ""}, ...]}
 
 A check of the kernel "*" counts for every kernel (the primitives). Further keys, the timings, are left alone.
+
+A noun's Triton form is a kernel too, "moe/triton" (_triton.py has its digest). Its compiler is Triton: "compilers" of a
+results file, {"moe/triton": "Triton 3.9"}, goes before "toolkit".
 """
 
 from __future__ import annotations
@@ -44,27 +47,35 @@ def read() -> tuple[Entry, ...]:
 entries = read()  # at import: compiled code traces through unproven, and cannot read a file
 
 
-def unproven(kernel: str, arch: str, *, digest: str, toolkit: int) -> str | None:
+def unproven(kernel: str, arch: str, *, digest: str, toolkit: int | str) -> str | None:
     """Why this kernel, as it was compiled, has no evidence on this architecture; None where it has.
 
     Args:
         kernel: its file in csrc/cuda without the ending, "norm".
         arch: of the GPU at hand, "sm_90".
         digest: `_cuda.kernels()[kernel]["digest"]`, asked once at import: compiled code cannot trace such a call.
-        toolkit: `_cuda.toolkit()`, the major version of nvcc, likewise.
+        toolkit: `_cuda.toolkit()`, the major version of nvcc, likewise; or another compiler by its name and version.
     """
     known = [e for e in entries if e["kernel"] == kernel]
     same = [e for e in known if e["digest"] == digest]
     if any(e["arch"] == arch and e["toolkit"] == toolkit for e in same):
         return None
     if same:
-        ran = ", ".join(sorted({f"{e['arch']} with CUDA {e['toolkit']}" for e in same}))
-        return f"never run on {arch} with CUDA {toolkit}, only on {ran}"
+        ran = ", ".join(sorted({f"{e['arch']} with {_compiler(e['toolkit'])}" for e in same}))
+        return f"never run on {arch} with {_compiler(toolkit)}, only on {ran}"
     here = [e for e in known if e["arch"] == arch] or known
     if here:
         last = max(here, key=lambda e: e["date"])
         return f"the kernel changed since it ran on {last['gpu']} ({last['date']})"
     return NEVER
+
+
+def _compiler(toolkit: int | str) -> str:
+    return f"CUDA {toolkit}" if isinstance(toolkit, int) else toolkit
+
+
+def _toolkit(results: dict[str, Any], kernel: str) -> int | str:
+    return results.get("compilers", {}).get(kernel, results["toolkit"])
 
 
 def summary(digests: dict[str, str], toolkit: int) -> str:
@@ -107,7 +118,7 @@ def judge(results: dict[str, Any], name: str) -> tuple[list[Entry], dict[str, st
             {
                 "kernel": kernel,
                 "digest": digest,
-                "toolkit": results["toolkit"],
+                "toolkit": _toolkit(results, kernel),
                 "arch": results["arch"],
                 "gpu": results["gpu"],
                 "date": results["date"],
@@ -133,7 +144,7 @@ def record(results_path: str | Path) -> dict[str, str]:
     tried = {entry["kernel"] for entry in earned} | {
         k for k, why in refused.items() if why.startswith("failed")
     }
-    keys = {(k, results["kernels"][k], results["toolkit"], results["arch"]) for k in tried}
+    keys = {(k, results["kernels"][k], _toolkit(results, k), results["arch"]) for k in tried}
     rows = [entry for entry in read() if tuple(entry[k] for k in KEY) not in keys] + earned
     rows.sort(key=lambda entry: [str(entry[field]) for field in FIELDS])
     draft = TABLE.with_suffix(".new")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _check as check
 from .._dispatch import Operator
-from . import checks, native, native_gemm, reference, torch_ops
+from . import checks, native, native_gemm, reference, torch_ops, triton_ops
 from .packed import moe_mlp_packed
 from .rows import moe_combine, moe_combine_norm, moe_permute
 
@@ -67,6 +67,7 @@ _grouped_gemm = _operator(
     fake_keep=lambda *_: (),
     fake_gradients=native_gemm.fake_gradients,
     native=native_gemm,
+    triton=triton_ops,
     emulator=native_gemm,
 )
 _moe_mlp = _operator(
@@ -168,7 +169,7 @@ def grouped_gemm(
         activation: "relu2", which is max(0, .)^2, or None.
         implementation: "sm80", "sm90a" or "cutlass", one of the CUDA kernels by name, each optionally with its tile
             as in "sm90a:128x208"; None chooses.
-        backend: "native", "torch", "reference" or "emulator"; None chooses.
+        backend: "native", "triton", "torch", "reference" or "emulator"; None chooses.
 
     Returns:
         (N, M) in the dtype of a; 0 in the rows past the last end, for which neither a nor scale is used.
@@ -185,7 +186,8 @@ def grouped_gemm(
         native: products summed in fp32 and rounded once, after the scale; the gradients are products of the same kind,
         through an activation or scale after computing the product again. On the CPU fp32 and bf16, a row's result
         does not depend on the others, to the bit, nor anything on the number of threads; on CUDA bf16, widths and
-        strides in multiples of 16 bytes. emulator: the same kernels on CPU tensors, for tests. torch: grouped_mm for
+        strides in multiples of 16 bytes. emulator: the same kernels on CPU tensors, for tests. triton: GPUs from
+        compute capability 8.0 on, fp32 and bf16, any widths and strides, gradients likewise. torch: grouped_mm for
         bf16, fp16 and fp32 where widths and strides are multiples of 16 bytes; elsewhere a loop over the experts,
         which on a GPU synchronises; the product is rounded before activation and scale.
 

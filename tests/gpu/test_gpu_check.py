@@ -247,6 +247,7 @@ def full_record(tmp_path):
         "machine": {"gpu": "NVIDIA H200", "arch": "sm_90", "driver": "580.1", "torch": "2.11.0"},
         "kernels": {"norm": "0123456789abcdef"},
         "toolkit": 13,
+        "compilers": {},
     }
     run.checks = [{"kernel": "*", "check": "primitives", "name": "mma", "passed": True, "detail": ""}]
     for check in _evidence.CHECKS[1:]:
