@@ -280,10 +280,13 @@ def test_moe_mlp_emulated_gives_only_the_gradients_asked_for():
 
 
 def test_moe_mlp_emulated_is_a_fixed_sequence_of_launches():
-    args = testing._cast(mlp(10, 4, 2, 48, 32), BF16)
+    args = testing._cast(mlp(129, 4, 2, 48, 32), BF16)
     _native.emulator_module.take_statistics()
     hk.moe_mlp(*args, backend="emulator")
     assert _native.emulator_module.take_statistics()["launches"] == 4  # tables, up, down, sum
+    args = testing._cast(mlp(10, 4, 2, 48, 32), BF16)
+    hk.moe_mlp(*args, backend="emulator")
+    assert _native.emulator_module.take_statistics()["launches"] == 1  # moe_decode
     testing.run(hk.moe_mlp, args, backend="emulator")
     # tables, down back and its row sums, to slots, up back, sum, and one product for each weight
     assert _native.emulator_module.take_statistics()["launches"] == 4 + 8
