@@ -229,7 +229,7 @@ def past_end(out_NM: Tensor, offsets_E: Tensor) -> Tensor:
     return (torch.arange(out_NM.shape[0], device=out_NM.device) >= offsets_E[-1]).unsqueeze(1)
 
 
-def _zeropast_end(out_NM: Tensor, offsets_E: Tensor) -> Tensor:
+def _zero_past_end(out_NM: Tensor, offsets_E: Tensor) -> Tensor:
     return out_NM.masked_fill_(past_end(out_NM, offsets_E), 0.0)
 
 
@@ -291,7 +291,7 @@ class _GroupedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a_ND: Tensor, b_EKN: Tensor, offsets_E: Tensor) -> Tensor:
         ctx.save_for_backward(a_ND, b_EKN, offsets_E)
-        return _zeropast_end(_gemm(a_ND, b_EKN, offsets_E), offsets_E)
+        return _zero_past_end(_gemm(a_ND, b_EKN, offsets_E), offsets_E)
 
     @staticmethod
     @once_differentiable
@@ -299,7 +299,7 @@ class _GroupedGemm(torch.autograd.Function):
         a_ND, b_EKN, offsets_E = ctx.saved_tensors
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_a = _zeropast_end(_gemm(grad, b_EKN.transpose(1, 2), offsets_E), offsets_E)
+            grad_a = _zero_past_end(_gemm(grad, b_EKN.transpose(1, 2), offsets_E), offsets_E)
         if ctx.needs_input_grad[1]:
             # In the layout of b, so that a stored (E, N, K) gets its gradient without a copy.
             if b_EKN.stride(2) == 1:
