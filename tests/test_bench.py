@@ -212,7 +212,10 @@ def test_stored_run_holds_ratios_of_cases_that_exist():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nom"], "bench: NOUN must be one of norm, conv, ssd, linear, moe, attention, loss, got nom; did you mean 'norm'?"),
+        (
+            ["nom"],
+            "bench: NOUN must be one of norm, conv, ssd, linear, moe, attention, loss, got nom; did you mean 'norm'?",
+        ),
         (["norm", "--rounds", "0"], "bench: --rounds must be >= 1, got 0"),
     ],
 )
