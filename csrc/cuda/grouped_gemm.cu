@@ -35,6 +35,7 @@ void check_args(const GroupedGemmArgs& args) {
   check(args.a_rows >= 0, kOp, "a_rows must be >= 0", args.a_rows);
   const bool indexed = args.rows_of_a || args.rows == 0;  // an empty list may be null
   check(indexed || args.a_rows == args.rows, kOp, "a_rows must equal rows without rows_of_a", args.a_rows);
+  check(args.dtype == DType::bf16, kOp, "dtype must be bfloat16", int64_t(args.dtype));
   check(args.experts >= 0, kOp, "experts must be >= 0", args.experts);
   check(args.n >= 0, kOp, "n must be >= 0", args.n);
   check(args.k >= 0, kOp, "k must be >= 0", args.k);

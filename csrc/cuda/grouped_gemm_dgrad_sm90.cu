@@ -22,7 +22,7 @@ void grouped_gemm_dgrad_sm90(const GroupedGemmArgs& args, const Exec& exec, Grou
     return args.rows_of_a ? run<Config<BLOCK, N, M / BLOCK, true, false>>(kOp, args, exec) \
                           : run<Config<BLOCK, N, M / BLOCK, false, false>>(kOp, args, exec);
   HEBATRON_SM90_DGRAD_TILES(HEBATRON_SM90_RUN)
-  fail(std::string(kOp) + ": " + refuse_grouped_gemm_sm90(args));
+  fail(std::string(kOp) + ": grouped_gemm_tiles.inc names a tile that is not built, " + std::to_string(tile.m) + "x" + std::to_string(tile.n));
 }
 
 }  // namespace hebatron::cuda

@@ -331,6 +331,7 @@ HEBATRON_DEVICE void consume(const Problem& p, const Shared<C>& shared) {
 template <class C>
 HEBATRON_DEVICE void sync_all() {
   if (C::kCluster > 1) {
+    warp_sync();  // barrier.cluster is .aligned: a warp comes to it together
     cluster_sync();
   } else {
     block_sync();

@@ -276,6 +276,7 @@ const char* refuse_grouped_gemm_wgrad_sm90(const GroupedGemmWgradArgs& args) {
 #define HEBATRON_SM90_NAME(M, N) " " #M "x" #N
 #define HEBATRON_SM90_IS(M, N) || (args.tile_m == M && args.tile_n == N)
   constexpr int64_t kMaxInt = 0x7fffffff, kMaxStride = int64_t(1) << 39;
+  if (args.dtype != DType::bf16) return "a and b must be bf16";
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   const bool chosen = (args.tile_m == 0 && args.tile_n == 0) HEBATRON_SM90_WGRAD_TILES(HEBATRON_SM90_IS);
   if (!chosen) return "the tile must be one of" HEBATRON_SM90_WGRAD_TILES(HEBATRON_SM90_NAME);
@@ -298,7 +299,7 @@ void grouped_gemm_wgrad_sm90(const GroupedGemmWgradArgs& args, const Exec& exec)
   if (tile.m == M && tile.n == N)                                               \
     return args.transposed ? run_sums<Tiling<M, N, true>>(args, exec) : run_sums<Tiling<M, N, false>>(args, exec);
   HEBATRON_SM90_WGRAD_TILES(HEBATRON_SM90_RUN)
-  fail(std::string(kOp) + ": " + refuse_grouped_gemm_wgrad_sm90(args));
+  fail(std::string(kOp) + ": grouped_gemm_tiles.inc names a tile that is not built, " + std::to_string(tile.m) + "x" + std::to_string(tile.n));
 }
 
 }  // namespace hebatron::cuda

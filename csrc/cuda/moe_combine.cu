@@ -120,6 +120,7 @@ const int32_t* positions(const MoeCombineArgs& a, const Exec& exec) {
   if (!a.order) return a.position;
   const int64_t count = a.tokens * a.top_k;
   int32_t* made = static_cast<int32_t*>(exec.workspace);
+  fill_zero(kOp, made, size_t(count) * sizeof(int32_t), exec);  // where an order that is no permutation leaves holes
   launch(kOp, invert, {dim3(blocks_of_four(count)), dim3(kThreads)}, exec, a.order, count, made);
   return made;
 }

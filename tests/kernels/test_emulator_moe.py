@@ -279,6 +279,18 @@ def test_moe_mlp_emulated_gives_only_the_gradients_asked_for():
         assert torch.equal(leaves[i].grad, want[f"grad{i}"])
 
 
+def test_moe_mlp_emulated_takes_a_gradient_that_starts_anywhere():
+    args = testing._cast(mlp(5, 4, 2, 48, 32), BF16)
+    grad = torch.randn(5 * 48 + 1).to(BF16)[1:].view(5, 48)
+    found = []
+    for upstream in (grad, grad.clone()):
+        leaves = [value.clone().requires_grad_(value.is_floating_point()) for value in args]
+        hk.moe_mlp(*leaves, backend="emulator").backward(upstream)
+        found.append([leaf.grad for leaf in leaves if leaf.requires_grad])
+    for unaligned, aligned in zip(*found, strict=True):
+        assert torch.equal(unaligned, aligned)
+
+
 def test_moe_mlp_emulated_is_a_fixed_sequence_of_launches():
     args = testing._cast(mlp(129, 4, 2, 48, 32), BF16)
     _native.emulator_module.take_statistics()
