@@ -141,11 +141,6 @@ BUGS = {
         "      if (speaks) {\n        atomic_add(p.up_done",
         "data race in workspace",
     ),
-    "down starts a unit too early": (
-        "load_acquire(p.up_done + place) < uint32_t(up_tiles)",
-        "load_acquire(p.up_done + place) + 1 < uint32_t(up_tiles)",
-        "data race in workspace",
-    ),
     "the last unit is not seen to be it": (
         "atomic_add(p.down_done + tile, 1u) + 1 == uint32_t(t.count)",
         "atomic_add(p.down_done + tile, 1u) == uint32_t(t.count)",

@@ -241,12 +241,6 @@ BUGS = {
         "rows ? rows[r]",
         "past the end of rows_of_a",
     ),
-    "sums of rows written over the last stage": (
-        "grouped_gemm_sm80.cu",
-        "    block_sync();  // the stages are read: the sums of rows take their place\n",
-        "",
-        "data race in shared memory",
-    ),
 }
 
 
