@@ -45,7 +45,8 @@ def grouped_cases(kernel: str, run: Runner, random: np.random.Generator, few: bo
             kernel, (True,)
         )
         for by_output in layouts:
-            forms = ("", "whole") if implementation == 3 else ("", "whole", "back")
+            no_way_back = implementation == 3 or (implementation == 1 and by_output)
+            forms = ("", "whole") if no_way_back else ("", "whole", "back")
             for form in forms[-1:] if few else forms:
                 _grouped(run, random, implementation, m, n, by_output, form)
                 yield f"tile {m}x{n}{'' if by_output else ' by width'} {form}".rstrip()

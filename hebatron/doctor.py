@@ -206,6 +206,11 @@ def small_cases() -> dict[str, Callable[[], dict[str, Any]]]:
         order = torch.randperm(26, generator=generator)
         return {"rows_ND": draw(26, 10), "order_N": order, "weights_TK": draw(13, 2), "num_tokens": 13}
 
+    def combine_norm() -> dict[str, Any]:
+        plain = combine()
+        del plain["num_tokens"]
+        return {**plain, "norm_D": draw(10), "shared_TD": draw(13, 10), "residual_TD": draw(13, 10)}
+
     def experts() -> dict[str, Any]:
         weights = {"weights_TK": draw(13, 2), "up_EFD": draw(8, 6, 10), "down_EDF": draw(8, 10, 6)}
         return {"x_TD": draw(13, 10), "ids_TK": chosen, **weights}
@@ -250,6 +255,7 @@ def small_cases() -> dict[str, Callable[[], dict[str, Any]]]:
         "moe_permute": permute,
         "grouped_gemm": gemm,
         "moe_combine": combine,
+        "moe_combine_norm": combine_norm,
         "moe_mlp": experts,
         "moe_mlp_packed": packed,
         "linear": linear,

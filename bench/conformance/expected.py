@@ -259,7 +259,7 @@ def wgmma_two_groups() -> bytes:
     return b"".join(warpgroup_registers(warpgroup_matrix(s) + p).tobytes() for s, p in zip(start, products))
 
 
-WGMMA_N = (8, 16, 32, 64, 96, 128, 160, 176, 192, 208, 224, 232, 256)
+WGMMA_N = (8, 16, 32, 64, 96, 104, 112, 128, 160, 176, 192, 208, 224, 232, 256)
 EXPECTED: dict[str, Callable[[], bytes]] = {
     "ldmatrix": ldmatrix,
     "stmatrix": stmatrix,

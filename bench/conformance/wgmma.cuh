@@ -155,6 +155,8 @@ inline void add_wgmma_cases(Cases& cases) {
   add_products<32>(cases);
   add_products<64>(cases);
   add_products<96>(cases);
+  add_products<104>(cases);
+  add_products<112>(cases);
   add_products<128>(cases);
   add_products<160>(cases);
   add_products<176>(cases);

@@ -304,7 +304,7 @@ def test_table_shows_the_record_finished_last(tmp_path):
     (tmp_path / "norm.json").write_text("{}")  # a CPU benchmark's, with no date in its name
     block = gpu_table.generated(tmp_path)
     assert "bench/results/2026-12-01-h200-2.json" in block and "8 of 8 checks passed" in block
-    row = "| grouped_gemm | up 4096 uniform | 0.16 | 0.2 | 80 % | 0.2 (128x232) | - | - | - | 1755 |"
+    row = "| grouped_gemm | up 4096 uniform | 0.16 | 0.2 | 80 % | 0.2 (128x232) | - | - | - | - | 1755 |"
     assert row in block.splitlines()
 
 
