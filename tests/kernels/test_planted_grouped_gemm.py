@@ -114,6 +114,7 @@ BUGS = {
     ),
     "a block starts before its neighbour's barriers are there": cluster(
         old="""  if (C::kCluster > 1) {
+    warp_sync();  // barrier.cluster is .aligned: a warp comes to it together
     cluster_sync();
   } else {
     block_sync();
