@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from hebatron_kernels import _native
+from hebatron_kernels import _native, testing
 from hebatron_kernels.moe.native import IMPLEMENTATIONS, parse_implementation
 
 # rows of every expert by case, a tile having so many, and rows past the last end. The few take every block of a
@@ -139,3 +139,65 @@ def wgrad_args(case, tile, width, outputs, gathered=True):
         a = torch.cat([a, torch.full_like(a[:1], torch.nan)])
         rows[last:] = len(a) - 1
     return [a, b, ends, rows]
+
+
+# What the kernels of every architecture must do; `tile` is an implementation with its tile, "sm80:64x128"
+
+
+def rows_of(tile):
+    return int(tile.partition(":")[2].partition("x")[0])
+
+
+def check_relu2(tile, case, inner, outputs, gathered, by_output=False):
+    args = relu2_args(case, rows_of(tile), inner, outputs, gathered, by_output)
+    # the sums of a few columns, whose terms cancel
+    op = partial(through_relu2, implementation=tile)
+    testing.check_oracle(op, args, torch.bfloat16, "emulator", grad=False, floor=1.0)
+
+
+def check_wgrad(tile, case, span, width, outputs, gathered, transposed, dtype):
+    """`span`: rows of an expert about as many as a step of the kernel sums over."""
+
+    def op(*given, backend):
+        named = tile if backend == "emulator" else None
+        return weight_grad(*given, transposed, dtype, backend=backend, implementation=named)
+
+    args = wgrad_args(case, span, width, outputs, gathered)
+    testing.check_oracle(op, args, torch.bfloat16, "emulator", grad=False)
+
+
+def check_way_back_keeps_nan_to_its_row_and_expert(tile, by_output=False):
+    args = testing._cast(relu2_args("edges", rows_of(tile), 72, 136, False, by_output), torch.bfloat16)
+    a, b, ends, _, scale, kept = args
+    want = call_gemm(*args, implementation=tile)
+    end = int(ends[-1])
+    a[3, 9], a[end:], b[0], kept[end:], scale[end:] = [torch.nan] * 5
+    got = call_gemm(*args, implementation=tile)
+    others = torch.arange(len(a)) != 3
+    for mine, first in zip(got, want):
+        assert mine[3].isnan().any() and torch.equal(mine[others], first[others])
+        assert not mine[end:].any()
+
+
+def check_way_back_is_zero_where_the_scale_is_or_nothing_is_summed(tile):
+    args = testing._cast(relu2_args("few", 16, 72, 136), torch.bfloat16)
+    args[0][:] = torch.inf
+    out, row_sums = call_gemm(*args, implementation=tile)
+    zero = args[4] == 0
+    assert zero.any() and not out[zero].any() and not row_sums[zero].any()
+    for empty in (dict(k=0), dict(experts=0), dict(n=0)):
+        out, row_sums = call_gemm(*args, implementation=tile, **empty)
+        assert not row_sums.any() and ("n" in empty or not out.any())
+
+
+def check_wgrad_takes_no_nan_from_its_neighbours(tile, span, transposed):
+    """Expert 1 ends within a step, and the rows of expert 2 are all NaN."""
+    a, b, ends, rows = wgrad_args("edges", span, 72, 136)
+    a, b = a.bfloat16(), b.bfloat16()
+    named = dict(out_dtype=torch.float32, backend="emulator", implementation=tile)
+    call = partial(weight_grad, transposed=transposed, **named)
+    want = call(a, b, ends, rows)
+    b[int(ends[1]) : int(ends[2])] = torch.nan
+    got = call(a, b, ends, rows)
+    others = torch.arange(len(ends)) != 2
+    assert got[2].isnan().all() and torch.equal(got[others], want[others])

@@ -6,7 +6,18 @@ from functools import partial
 
 import pytest
 import torch
-from gemm_cases import call_gemm, relu2_args, through_relu2, weight_grad, wgrad_args
+from emulated import same_bits_in_every_order
+from gemm_cases import (
+    call_gemm,
+    check_relu2,
+    check_way_back_is_zero_where_the_scale_is_or_nothing_is_summed,
+    check_way_back_keeps_nan_to_its_row_and_expert,
+    check_wgrad,
+    check_wgrad_takes_no_nan_from_its_neighbours,
+    relu2_args,
+    weight_grad,
+    wgrad_args,
+)
 from moe_cases import FORMS, groups, with_form
 from planted import planted
 
@@ -14,43 +25,18 @@ import hebatron_kernels as hk
 from hebatron_kernels import _native, testing
 
 # 128x128 has fewer stages on chips with 99 KB a block
-TILES = [("16x64", 227), ("64x128", 227), ("128x128", 227), ("128x128", 99)]
+TILES = [("sm80:16x64", 227), ("sm80:64x128", 227), ("sm80:128x128", 227), ("sm80:128x128", 99)]
 WGRAD_TILES = TILES[1:]
-ORDERS = [dict(mode="eager"), dict(mode="random", seed=1), dict(mode="random", seed=2)]
+STEP = 33  # rows: a stage of the gradient of the weights sums over 32
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _emulator():
-    lacks = testing.emulator_lacks()
-    if lacks is not None:
-        pytest.skip(f"the emulator needs {lacks}")
-    testing.load_emulator()
-    yield
-    _native.emulator_module = None
+pytestmark = pytest.mark.usefixtures("emulator")
 
 
 def chip(shared):
     return dict(bytes_shared=shared * 1024, compute_capability=89 if shared == 99 else 80)
 
 
-def same_bits_in_every_order(call):
-    want = call()
-    want = [want] if isinstance(want, torch.Tensor) else list(want)
-    for order in ORDERS:
-        with testing.emulate(**order):
-            got = call()
-        for mine, first in zip([got] if isinstance(got, torch.Tensor) else got, want):
-            assert torch.equal(mine, first), order
-
-
 # ---- the way back through relu2 ----
-
-
-def check_relu2(tile, case, inner, outputs, gathered):
-    args = relu2_args(case, int(tile.partition("x")[0]), inner, outputs, gathered)
-    op = partial(through_relu2, implementation=f"sm80:{tile}")
-    # the sums of a few columns, whose terms cancel
-    testing.check_oracle(op, args, torch.bfloat16, "emulator", grad=False, floor=1.0)
 
 
 # K: a tail of 8 behind whole stages and more of them than are in flight; N: tails of every tile
@@ -73,53 +59,27 @@ def test_sm80_way_back_matches_oracle(tile, shared, case, inner, outputs):
 
 @pytest.mark.parametrize(("tile", "shared"), TILES[:3])
 def test_sm80_way_back_keeps_nan_to_its_row_and_expert(tile, shared):
-    args = relu2_args("edges", int(tile.partition("x")[0]), 72, 136, False)
-    a, b, ends, _, scale, kept = args = testing._cast(args, torch.bfloat16)
-    want = call_gemm(*args, implementation=f"sm80:{tile}")
-    end = int(ends[-1])
-    a[3, 9], a[end:], b[0], kept[end:], scale[end:] = [torch.nan] * 5
-    got = call_gemm(*args, implementation=f"sm80:{tile}")
-    others = torch.arange(len(a)) != 3
-    for mine, first in zip(got, want):
-        assert mine[3].isnan().any() and torch.equal(mine[others], first[others])
-        assert not mine[end:].any()
+    check_way_back_keeps_nan_to_its_row_and_expert(tile)
 
 
 def test_sm80_way_back_is_zero_where_the_scale_is_or_nothing_is_summed():
-    args = testing._cast(relu2_args("few", 16, 72, 136), torch.bfloat16)
-    args[0][:] = torch.inf
-    out, row_sums = call_gemm(*args, implementation="sm80:64x128")
-    zero = args[4] == 0
-    assert zero.any() and not out[zero].any() and not row_sums[zero].any()
-    for empty in (dict(k=0), dict(experts=0), dict(n=0)):
-        out, row_sums = call_gemm(*args, implementation="sm80:64x128", **empty)
-        assert not row_sums.any() and ("n" in empty or not out.any())
+    check_way_back_is_zero_where_the_scale_is_or_nothing_is_summed("sm80:64x128")
 
 
-@pytest.mark.parametrize("tile", ["16x64", "128x128"])
+@pytest.mark.parametrize("tile", ["sm80:16x64", "sm80:128x128"])
 def test_sm80_way_back_gives_the_same_bits_in_every_order(tile):
     args = testing._cast(relu2_args("edges", 64, 8 * 64 + 40, 136), torch.bfloat16)
-    same_bits_in_every_order(partial(call_gemm, *args, implementation=f"sm80:{tile}"))
+    same_bits_in_every_order(partial(call_gemm, *args, implementation=tile))
 
 
 @pytest.mark.parametrize("order", [dict(mode="lazy"), dict(mode="random", seed=5)])
-@pytest.mark.parametrize("tile", ["16x64", "64x128", "128x128"])
+@pytest.mark.parametrize("tile", ["sm80:16x64", "sm80:64x128", "sm80:128x128"])
 def test_sm80_way_back_has_no_race(tile, order):
     with testing.emulate(checked=True, **order):
         check_relu2(tile, "edges", 72, 136, True)
 
 
 # ---- the gradient of the weights ----
-
-
-def check_wgrad(tile, case, width, outputs, gathered, transposed, dtype):
-    args = wgrad_args(case, 33, width, outputs, gathered)  # a stage sums over 32 rows
-
-    def op(*given, backend):
-        named = f"sm80:{tile}" if backend == "emulator" else None
-        return weight_grad(*given, transposed, dtype, backend=backend, implementation=named)
-
-    testing.check_oracle(op, args, torch.bfloat16, "emulator", grad=False)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -139,39 +99,30 @@ def check_wgrad(tile, case, width, outputs, gathered, transposed, dtype):
 @pytest.mark.parametrize(("tile", "shared"), WGRAD_TILES)
 def test_sm80_wgrad_matches_oracle(tile, shared, case, width, outputs, dtype, transposed):
     with testing.emulate(**chip(shared)):
-        check_wgrad(tile, case, width, outputs, case in ("edges", "forty"), transposed, dtype)
+        check_wgrad(tile, case, STEP, width, outputs, case in ("edges", "forty"), transposed, dtype)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("tile", ["64x128", "128x128"])
+@pytest.mark.parametrize("tile", ["sm80:64x128", "sm80:128x128"])
 def test_sm80_wgrad_takes_no_nan_from_its_neighbours(tile, transposed):
-    # expert 1 ends inside a stage, and the rows of expert 2 are all NaN
-    a, b, ends, rows = wgrad_args("edges", 33, 72, 136)
-    a, b = a.bfloat16(), b.bfloat16()
-    named = dict(out_dtype=torch.float32, backend="emulator", implementation=f"sm80:{tile}")
-    call = partial(weight_grad, transposed=transposed, **named)
-    want = call(a, b, ends, rows)
-    b[int(ends[1]) : int(ends[2])] = torch.nan
-    got = call(a, b, ends, rows)
-    others = torch.arange(len(ends)) != 2
-    assert got[2].isnan().all() and torch.equal(got[others], want[others])
+    check_wgrad_takes_no_nan_from_its_neighbours(tile, STEP, transposed)
 
 
-@pytest.mark.parametrize("tile", ["64x128", "128x128"])
+@pytest.mark.parametrize("tile", ["sm80:64x128", "sm80:128x128"])
 def test_sm80_wgrad_gives_the_same_bits_in_every_order(tile):
     a, b, ends, rows = wgrad_args("edges", 200, 72, 136)
     call = partial(
         weight_grad, a.bfloat16(), b.bfloat16(), ends, rows, True, torch.bfloat16, backend="emulator"
     )
-    same_bits_in_every_order(partial(call, implementation=f"sm80:{tile}"))
+    same_bits_in_every_order(partial(call, implementation=tile))
 
 
 @pytest.mark.parametrize("order", [dict(mode="lazy"), dict(mode="random", seed=6)])
 @pytest.mark.parametrize(("transposed", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-@pytest.mark.parametrize("tile", ["64x128", "128x128"])
+@pytest.mark.parametrize("tile", ["sm80:64x128", "sm80:128x128"])
 def test_sm80_wgrad_has_no_race(tile, transposed, dtype, order):
     with testing.emulate(checked=True, **order):
-        check_wgrad(tile, "edges", 72, 136, True, transposed, dtype)
+        check_wgrad(tile, "edges", STEP, 72, 136, True, transposed, dtype)
 
 
 def test_sm80_gradients_say_why_they_refuse():
@@ -252,5 +203,5 @@ def test_sm80_planted_bug_is_found(bug):
         with pytest.raises((RuntimeError, AssertionError), match=says):
             for order in (dict(mode="lazy"), dict(mode="random", seed=6)):
                 with testing.emulate(**order):
-                    check_relu2("128x128", "edges", 200, 136, True)
-                    check_wgrad("64x128", "edges", 72, 136, True, False, torch.float32)
+                    check_relu2("sm80:128x128", "edges", 200, 136, True)
+                    check_wgrad("sm80:64x128", "edges", STEP, 72, 136, True, False, torch.float32)

@@ -6,41 +6,44 @@ from functools import partial
 
 import pytest
 import torch
-from gemm_cases import call_gemm, products, relu2_args, through_relu2, weight_grad, wgrad_args
-
-from hebatron_kernels import _native, testing
-
-K_TILES = (
-    "64x128 64x256 128x128 128x208 128x224 128x232 192x208 192x224 256x192 256x208 384x208 512x192".split()
+from emulated import same_bits_in_every_order
+from gemm_cases import (
+    call_gemm,
+    check_relu2,
+    check_way_back_is_zero_where_the_scale_is_or_nothing_is_summed,
+    check_way_back_keeps_nan_to_its_row_and_expert,
+    check_wgrad,
+    check_wgrad_takes_no_nan_from_its_neighbours,
+    products,
+    relu2_args,
+    rows_of,
+    weight_grad,
+    wgrad_args,
 )
-N_TILES = "64x128 64x256 128x192 192x192 256x192 384x192 512x192".split()
-WGRAD_TILES = "128x192 192x192 256x192".split()
+
+from hebatron_kernels import testing
+
+
+def tiles(text):
+    return [f"sm90a:{tile}" for tile in text.split()]
+
+
+K_TILES = tiles(
+    "64x128 64x256 128x128 128x208 128x224 128x232 192x208 192x224 256x192 256x208 384x208 512x192"
+)
+N_TILES = tiles("64x128 64x256 128x192 192x192 256x192 384x192 512x192")
+WGRAD_TILES = tiles("128x192 192x192 256x192")
+STEP = 64  # rows that a step of the gradient of the weights sums over
 LAYOUTS = [*((tile, True) for tile in K_TILES), *((tile, False) for tile in N_TILES)]
 # one of each kind: columns side by side, three warpgroups by halves, a cluster, columns in groups of 64
-KINDS = [("64x256", True), ("192x208", True), ("384x208", True), ("384x192", False)]
-ORDERS = [dict(mode="eager"), dict(mode="random", seed=1), dict(mode="random", seed=2)]
+KINDS = [("sm90a:64x256", True), ("sm90a:192x208", True), ("sm90a:384x208", True), ("sm90a:384x192", False)]
+
+pytestmark = pytest.mark.usefixtures("emulator")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _emulator():
-    lacks = testing.emulator_lacks()
-    if lacks is not None:
-        pytest.skip(f"the emulator needs {lacks}")
-    testing.load_emulator()
-    yield
-    _native.emulator_module = None
-
-
-def rows_of(tile):
-    return int(tile.partition("x")[0])
-
-
-def check_relu2(tile, case, inner, outputs, gathered, by_output, kept=True):
-    args = relu2_args(case, rows_of(tile), inner, outputs, gathered, by_output)
-    op = partial(through_relu2 if kept else plain, implementation=f"sm90a:{tile}")
-    # kept: sums of few columns, whose terms cancel
-    args = args if kept else args[:4]
-    testing.check_oracle(op, args, torch.bfloat16, "emulator", grad=False, floor=1.0 if kept else 0.0)
+def check_product(tile, case, inner, outputs, gathered, by_output):
+    args = relu2_args(case, rows_of(tile), inner, outputs, gathered, by_output)[:4]
+    testing.check_oracle(partial(plain, implementation=tile), args, torch.bfloat16, "emulator", grad=False)
 
 
 def plain(a, b, ends, rows, *, backend, implementation=None):
@@ -53,7 +56,7 @@ def plain(a, b, ends, rows, *, backend, implementation=None):
 @pytest.mark.parametrize(("tile", "by_output"), LAYOUTS)
 def test_sm90_tile_matches_oracle(tile, by_output):
     check_relu2(tile, "edges", 72, 280, True, by_output)
-    check_relu2(tile, "few", 72, 136, False, by_output, kept=False)
+    check_product(tile, "few", 72, 136, False, by_output)
 
 
 @pytest.mark.slow
@@ -73,23 +76,14 @@ def test_sm90_tile_matches_oracle(tile, by_output):
 )
 @pytest.mark.parametrize(("tile", "by_output"), LAYOUTS)
 def test_sm90_tile_matches_oracle_everywhere(tile, by_output, case, inner, outputs, kept, gathered):
-    check_relu2(tile, case, inner, outputs, gathered, by_output, kept)
-
-
-def same_bits_in_every_order(call):
-    want = call()
-    want = [want] if isinstance(want, torch.Tensor) else list(want)
-    for order in ORDERS:
-        with testing.emulate(**order):
-            got = call()
-        for mine, first in zip([got] if isinstance(got, torch.Tensor) else got, want):
-            assert torch.equal(mine, first), order
+    check = check_relu2 if kept else check_product
+    check(tile, case, inner, outputs, gathered, by_output)
 
 
 @pytest.mark.parametrize(("tile", "by_output"), KINDS)
 def test_sm90_gives_the_same_bits_in_every_order(tile, by_output):
     args = testing._cast(relu2_args("few", 64, 136, 232, True, by_output), torch.bfloat16)
-    same_bits_in_every_order(partial(call_gemm, *args, implementation=f"sm90a:{tile}"))
+    same_bits_in_every_order(partial(call_gemm, *args, implementation=tile))
 
 
 @pytest.mark.slow
@@ -97,31 +91,16 @@ def test_sm90_gives_the_same_bits_in_every_order(tile, by_output):
 def test_sm90_gives_the_same_bits_in_every_order_with_every_tile(tile, by_output):
     for gathered in (False, True):
         args = testing._cast(relu2_args("edges", 64, 10 * 64 + 8, 232, gathered, by_output), torch.bfloat16)
-        same_bits_in_every_order(partial(call_gemm, *args, implementation=f"sm90a:{tile}"))
+        same_bits_in_every_order(partial(call_gemm, *args, implementation=tile))
 
 
 @pytest.mark.parametrize(("tile", "by_output"), LAYOUTS)
 def test_sm90_way_back_keeps_nan_to_its_row_and_expert(tile, by_output):
-    args = testing._cast(relu2_args("edges", rows_of(tile), 72, 136, False, by_output), torch.bfloat16)
-    a, b, ends, _, scale, kept = args
-    want = call_gemm(*args, implementation=f"sm90a:{tile}")
-    end = int(ends[-1])
-    a[3, 9], a[end:], b[0], kept[end:], scale[end:] = [torch.nan] * 5
-    got = call_gemm(*args, implementation=f"sm90a:{tile}")
-    others = torch.arange(len(a)) != 3
-    for mine, first in zip(got, want):
-        assert mine[3].isnan().any() and torch.equal(mine[others], first[others])
-        assert not mine[end:].any()
+    check_way_back_keeps_nan_to_its_row_and_expert(tile, by_output)
 
 
-def test_sm90_way_back_is_zero_where_the_scale_is():
-    args = testing._cast(relu2_args("few", 64, 72, 136), torch.bfloat16)
-    args[0][:] = torch.inf
-    out, row_sums = call_gemm(*args, implementation="sm90a:192x192")
-    zero = args[4] == 0
-    assert zero.any() and not out[zero].any() and not row_sums[zero].any()
-    out, row_sums = call_gemm(*args, k=0, implementation="sm90a:192x192")
-    assert not out.any() and not row_sums.any()
+def test_sm90_way_back_is_zero_where_the_scale_is_or_nothing_is_summed():
+    check_way_back_is_zero_where_the_scale_is_or_nothing_is_summed("sm90a:192x192")
 
 
 @pytest.mark.parametrize("order", [dict(mode="lazy"), dict(mode="random", seed=5)])
@@ -146,22 +125,11 @@ def test_sm90_has_no_race_with_any_tile(tile, by_output, case, inner, outputs, g
 # ---- the gradient of the weights ----
 
 
-def check_wgrad(tile, case, width, outputs, gathered, transposed, dtype):
-    args = wgrad_args(case, 64, width, outputs, gathered)
-
-    def op(*given, backend):
-        a, b, ends, rows = given
-        named = f"sm90a:{tile}" if backend == "emulator" else None
-        return weight_grad(a, b, ends, rows, transposed, dtype, backend=backend, implementation=named)
-
-    testing.check_oracle(op, args, torch.bfloat16, "emulator", grad=False)
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tile", WGRAD_TILES)
 def test_sm90_wgrad_matches_oracle(tile, transposed):
-    check_wgrad(tile, "edges", 264, 200, True, transposed, torch.bfloat16)
-    check_wgrad(tile, "few", 72, 8, False, transposed, torch.float32)
+    check_wgrad(tile, "edges", STEP, 264, 200, True, transposed, torch.bfloat16)
+    check_wgrad(tile, "few", STEP, 72, 8, False, transposed, torch.float32)
 
 
 @pytest.mark.slow
@@ -182,28 +150,14 @@ def test_sm90_wgrad_matches_oracle(tile, transposed):
 )
 @pytest.mark.parametrize("tile", WGRAD_TILES)
 def test_sm90_wgrad_matches_oracle_everywhere(tile, case, width, outputs, dtype, gathered, transposed):
-    check_wgrad(tile, case, width, outputs, gathered, transposed, dtype)
+    check_wgrad(tile, case, STEP, width, outputs, gathered, transposed, dtype)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("tile", WGRAD_TILES)
 def test_sm90_wgrad_takes_no_nan_from_its_neighbours(tile, transposed):
-    # expert 1 ends within a step: the rows of expert 2, all NaN, come into shared memory with it
-    a, b, ends, rows = wgrad_args("edges", 70, 72, 136)
-    a, b = a.bfloat16(), b.bfloat16()
-    call = partial(
-        weight_grad,
-        transposed=transposed,
-        out_dtype=torch.float32,
-        backend="emulator",
-        implementation=f"sm90a:{tile}",
-    )
-    want = call(a, b, ends, rows)
-    begin, end = int(ends[1]), int(ends[2])
-    b[begin:end] = torch.nan
-    got = call(a, b, ends, rows)
-    others = torch.arange(len(ends)) != 2
-    assert got[2].isnan().all() and torch.equal(got[others], want[others])
+    # more rows than a step: those of expert 2 come into shared memory with the last of expert 1
+    check_wgrad_takes_no_nan_from_its_neighbours(tile, 70, transposed)
 
 
 @pytest.mark.parametrize("tile", WGRAD_TILES)
@@ -212,13 +166,13 @@ def test_sm90_wgrad_gives_the_same_bits_in_every_order(tile):
     call = partial(
         weight_grad, a.bfloat16(), b.bfloat16(), ends, rows, True, torch.bfloat16, backend="emulator"
     )
-    same_bits_in_every_order(partial(call, implementation=f"sm90a:{tile}"))
+    same_bits_in_every_order(partial(call, implementation=tile))
 
 
 @pytest.mark.parametrize("order", [dict(mode="lazy"), dict(mode="random", seed=6)])
 def test_sm90_wgrad_has_no_race(order):
     with testing.emulate(checked=True, **order):
-        check_wgrad("192x192", "edges", 72, 136, True, True, torch.bfloat16)
+        check_wgrad("sm90a:192x192", "edges", STEP, 72, 136, True, True, torch.bfloat16)
 
 
 @pytest.mark.slow
@@ -231,7 +185,7 @@ def test_sm90_wgrad_has_no_race(order):
 def test_sm90_wgrad_has_no_race_anywhere(tile, case, width, outputs, dtype, transposed):
     for order in (dict(mode="lazy"), dict(mode="random", seed=6)):
         with testing.emulate(checked=True, **order):
-            check_wgrad(tile, case, width, outputs, True, transposed, dtype)
+            check_wgrad(tile, case, STEP, width, outputs, True, transposed, dtype)
 
 
 # ---- offsets past 2^31 elements (results: tests/emulator/cases/offsets.cu) ----
