@@ -57,6 +57,31 @@ static RmsNormBwdArgs read(Reader& in, RmsNormBwdArgs*) {
   return b;
 }
 
+static SsdUpdateArgs read(Reader& in, SsdUpdateArgs*) {
+  SsdUpdateArgs a{};
+  a.sequences = in.integer("sequences");
+  a.heads = in.integer("heads");
+  a.head_dim = in.integer("head_dim");
+  a.groups = in.integer("groups");
+  a.state_dim = in.integer("state_dim");
+  a.dt_min = in.real("dt_min");
+  a.dt_max = in.real("dt_max");
+  a.dtype = in.dtype("dtype");
+  a.state = (float*)in.pointer("state");
+  a.x = in.pointer("x");
+  a.x_stride = in.integer("x_stride");
+  a.dt = (const float*)in.pointer("dt");
+  a.A = (const float*)in.pointer("A");
+  a.B = in.pointer("B");
+  a.B_stride = in.integer("B_stride");
+  a.C = in.pointer("C");
+  a.C_stride = in.integer("C_stride");
+  a.D = (const float*)in.pointer("D");
+  a.dt_bias = (const float*)in.pointer("dt_bias");
+  a.y = in.pointer("y");
+  return a;
+}
+
 #ifdef HEBATRON_MODULE_CPU
 static ConvArgs read_conv(Reader& in, bool outputs) {
   ConvArgs a{};
@@ -157,31 +182,6 @@ static SsdScanBwdArgs read(Reader& in, SsdScanBwdArgs*) {
   b.grad_dt_bias = (float*)in.pointer("grad_dt_bias");
   b.grad_initial = (float*)in.pointer("grad_initial");
   return b;
-}
-
-static SsdUpdateArgs read(Reader& in, SsdUpdateArgs*) {
-  SsdUpdateArgs a{};
-  a.sequences = in.integer("sequences");
-  a.heads = in.integer("heads");
-  a.head_dim = in.integer("head_dim");
-  a.groups = in.integer("groups");
-  a.state_dim = in.integer("state_dim");
-  a.dt_min = in.real("dt_min");
-  a.dt_max = in.real("dt_max");
-  a.dtype = in.dtype("dtype");
-  a.state = (float*)in.pointer("state");
-  a.x = in.pointer("x");
-  a.x_stride = in.integer("x_stride");
-  a.dt = (const float*)in.pointer("dt");
-  a.A = (const float*)in.pointer("A");
-  a.B = in.pointer("B");
-  a.B_stride = in.integer("B_stride");
-  a.C = in.pointer("C");
-  a.C_stride = in.integer("C_stride");
-  a.D = (const float*)in.pointer("D");
-  a.dt_bias = (const float*)in.pointer("dt_bias");
-  a.y = in.pointer("y");
-  return a;
 }
 
 static LinearArgs read(Reader& in, LinearArgs*) {

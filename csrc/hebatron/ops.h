@@ -472,6 +472,7 @@ struct DecodeStepArgs {
 #define HEBATRON_CUDA_OPS(X)                  \
   X(rms_norm_fwd, RmsNormArgs)                \
   X(rms_norm_bwd, RmsNormBwdArgs)             \
+  X(ssd_update, SsdUpdateArgs)                \
   X(grouped_gemm_fwd, GroupedGemmArgs)        \
   X(grouped_gemm_wgrad, GroupedGemmWgradArgs) \
   X(moe_route_fwd, MoeRouteArgs)              \

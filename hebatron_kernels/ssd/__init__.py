@@ -40,7 +40,7 @@ _update = Operator(
     "ssd_update",
     f"Tensor(a!) state, Tensor x, Tensor dt, {_SHARED}",
     "Tensor",
-    {"native": native, "torch": torch_ops, "reference": reference},
+    {"native": native, "emulator": native, "torch": torch_ops, "reference": reference},
     lambda state, x, *others: x.new_empty(x.shape),
     differentiable=False,
 )
@@ -133,7 +133,7 @@ def ssd_update(
     Args:
         state_QHPS: (Q sequences, H heads, P head dim, S state), contiguous, fp32 (fp64 for fp64 x). Overwritten.
         x_QHP, dt_QH, A_H, B_QGS, C_QGS, D_H, dt_bias_H, dt_limit: as in ssd_scan, one token per sequence.
-        backend: "native", "torch" or "reference"; None chooses.
+        backend: "native", "torch", "reference" or "emulator"; None chooses.
 
     Returns:
         y_QHP in the dtype of x.
@@ -147,7 +147,8 @@ def ssd_update(
         None; ssd_scan with an initial_state has them.
 
     Backends:
-        native: C++, fp32 and bf16 on the CPU. torch: every dtype and device.
+        native: C++ on the CPU and CUDA on a GPU, fp32 and bf16. emulator: the CUDA source on CPU tensors. torch: every
+        dtype and device.
 
     Source:
         Dao and Gu 2024, Mamba-2, arXiv 2405.21060, section 6.

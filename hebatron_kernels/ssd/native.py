@@ -147,7 +147,15 @@ def supports_ssd_update(
     dt_bias_H: Tensor | None,
     dt_limit: tuple[float, float],
 ) -> str | None:
-    return _native.refusal(x_QHP, state_QHPS, dt_QH, A_H, B_QGS, C_QGS, D_H, dt_bias_H)
+    heads, head_dim = x_QHP.shape[1:]
+    if _native.on_cuda(x_QHP) and (heads > 65535 or max(head_dim, B_QGS.shape[2]) >= 2**20):
+        sizes = tuple(state_QHPS.shape)
+        return f"the CUDA kernel takes at most 65,535 heads of fewer than 2^20 rows and columns, got {sizes}"
+    return _native.refusal(x_QHP, state_QHPS, dt_QH, A_H, B_QGS, C_QGS, D_H, dt_bias_H, cuda=True)
+
+
+def kernels_ssd_update(*args: object) -> list[str]:
+    return ["ssd_update"]
 
 
 def ssd_update(
@@ -163,7 +171,7 @@ def ssd_update(
 ) -> Tensor:
     x, B, C = _rows(x_QHP), _rows(B_QGS), _rows(C_QGS)
     dt, A, D, dt_bias = (None if v is None else v.float().contiguous() for v in (dt_QH, A_H, D_H, dt_bias_H))
-    y_QHP = torch.empty(x_QHP.shape, dtype=x_QHP.dtype)
+    y_QHP = torch.empty(x_QHP.shape, dtype=x_QHP.dtype, device=x_QHP.device)
     _native.call(
         "ssd_update",
         sequences=x_QHP.shape[0],
