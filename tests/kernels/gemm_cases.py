@@ -190,14 +190,21 @@ def check_way_back_is_zero_where_the_scale_is_or_nothing_is_summed(tile):
         assert not row_sums.any() and ("n" in empty or not out.any())
 
 
-def check_wgrad_takes_no_nan_from_its_neighbours(tile, span, transposed):
-    """Expert 1 ends within a step, and the rows of expert 2 are all NaN."""
+def nan_in_expert_2(span):
+    """[a, b, ends, rows] of which expert 2 alone takes NaN: expert 1 ends within a step, and row 0 of a, which stands
+    in for one that is not there, belongs to expert 2."""
     a, b, ends, rows = wgrad_args("edges", span, 72, 136)
-    a, b = a.bfloat16(), b.bfloat16()
-    named = dict(out_dtype=torch.float32, backend="emulator", implementation=tile)
-    call = partial(weight_grad, transposed=transposed, **named)
-    want = call(a, b, ends, rows)
-    b[int(ends[1]) : int(ends[2])] = torch.nan
-    got = call(a, b, ends, rows)
-    others = torch.arange(len(ends)) != 2
-    assert got[2].isnan().all() and torch.equal(got[others], want[others])
+    a, rows = torch.cat([torch.full_like(a[:1], torch.nan), a]), rows + 1
+    begin, end = int(ends[1]), int(ends[2])
+    b[begin:end], rows[begin:end] = torch.nan, 0
+    return [a, b, ends, rows]
+
+
+def check_wgrad_takes_no_nan_from_its_neighbours(tile, span, transposed):
+    def op(*given, backend):
+        named = tile if backend == "emulator" else None
+        return weight_grad(*given, transposed, torch.float32, backend=backend, implementation=named)
+
+    args = nan_in_expert_2(span)
+    assert op(*args, backend="reference")[2].isnan().all()
+    testing.check_oracle(op, args, torch.bfloat16, "emulator", grad=False)
