@@ -38,6 +38,7 @@ BENCH = ROOT / "bench"
 SECONDS = {"build": 150, "conformance": 70, "tests": 150, "sanitizer": 90, "timings": 120, "record": 10}
 # Kernel files of the expert layer, and the tests in tests/gpu/test_gpu_moe.py that are theirs.
 MOE_TESTS = {"moe_route": "route", "moe_permute": "permute", "moe_combine": "combine", "moe": "mlp"}
+ATTENTION_TESTS = {"attention_decode": "decode"}  # the same in tests/gpu/test_gpu_attention.py
 # hebatron_kernels._triton.kernel("moe"); not imported: the first step builds the package
 TRITON = "moe/triton"
 Check = dict[str, Any]
@@ -176,6 +177,9 @@ def tests(run: Run) -> str:
     for way, table in (("way_back", GROUPED_GEMM_DGRAD), ("wgrad", GROUPED_GEMM_WGRAD)):
         jobs += [(kernel, gradients, f"{name} and {way}") for name, (kernel, _) in table.items()]
     jobs += [(kernel, layer, select) for kernel, select in MOE_TESTS.items()]
+    jobs += [
+        (kernel, "tests/gpu/test_gpu_attention.py", select) for kernel, select in ATTENTION_TESTS.items()
+    ]
     jobs.append((TRITON, "tests/gpu/test_gpu_triton.py", ""))
     jobs = [job for job in jobs if (run.dry and job[0] != TRITON) or job[0] in run.facts["kernels"]]
     jobs.append(("grouped_gemm", grouped, "automatic"))

@@ -445,12 +445,25 @@ def attention(device: torch.device, tokens: int) -> Problem:
 
 
 def decode(device: torch.device, batch: int, context: int) -> Problem:
-    q = torch.randn(batch, 32, 1, 128, device=device, dtype=BF16)
-    k, v = torch.randn(2, batch, 2, context, 128, device=device, dtype=BF16)
-    rivals: dict[str, Call] = {
-        "SDPA": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-    }
-    return Problem("baseline", f"decode {batch}x{context}", 2.0 * (k.numel() + v.numel()), 0.0, rivals)
+    """32 query heads over 2 of 128, pages of 64 tokens in any order; SDPA reads contiguous keys of the same values."""
+    q = torch.randn(batch, 32, 128, device=device, dtype=BF16)
+    k_new, v_new = torch.randn(2, batch, 2, 128, device=device, dtype=BF16)
+    pages = context // 64
+    cache = torch.randn(2, batch * pages, 64, 2, 128, device=device, dtype=BF16)
+    table = torch.randperm(batch * pages, dtype=torch.int32).view(batch, pages).to(device)
+    lengths = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
+    call = partial(hk.attention_decode, q, k_new, v_new, cache, table, lengths)
+    rivals = by_backend(device, call)
+    k, v = cache[:, table.long()].flatten(2, 3).transpose(2, 3).contiguous()
+    k[:, :, -1], v[:, :, -1] = k_new, v_new
+
+    def sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
+
+    rivals["SDPA, contiguous keys"] = sdpa
+    bytes_moved = 2.0 * (2 * k.numel() + 2 * q.numel())
+    flops = 4.0 * batch * 32 * context * 128
+    return Problem("attention_decode", f"{batch}x{context}", bytes_moved, flops, rivals, "torch form")
 
 
 def projection(device: torch.device, name: str, tokens: int, inner: int, outer: int) -> Problem:

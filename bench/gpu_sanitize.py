@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -28,12 +28,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from gpu_sanitize_attention import CASES as ATTENTION
 from gpu_sanitize_gemm import FORMS, grouped_cases
-from gpu_sanitize_moe import CASES, moe_cases
+from gpu_sanitize_moe import CASES as MOE
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITON = "moe/triton"
+CASES = MOE | ATTENTION
 KERNELS = ("norm", *FORMS, *CASES, TRITON)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERROR_EXIT = 86
@@ -283,6 +285,13 @@ def card_of(stand_in: bool) -> Card | Emulator:
     return Emulator() if stand_in else Card()
 
 
+def dtype_cases(kernel: str, runner: Callable[[str], Runner], random: np.random.Generator) -> Iterator[str]:
+    cases, dtypes = CASES[kernel]
+    for dtype in dtypes:
+        for name in cases(runner(dtype), random):
+            yield f"{name} {dtype}"
+
+
 def cases_of(kernel: str, stand_in: bool) -> Iterator[str]:
     if kernel == TRITON:
         return triton_cases("cpu" if stand_in else "cuda")
@@ -291,7 +300,7 @@ def cases_of(kernel: str, stand_in: bool) -> Iterator[str]:
         raise FileNotFoundError(f"the module is without {kernel}, it has {', '.join(card.kernels())}")
     random = np.random.default_rng(0)
     if kernel in CASES:
-        return moe_cases(kernel, partial(Runner, card), random)
+        return dtype_cases(kernel, partial(Runner, card), random)
     if kernel == "norm":
         return norm_cases(card, random)
     return grouped_cases(kernel, Runner(card, "bfloat16"), random, stand_in)

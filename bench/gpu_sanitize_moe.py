@@ -219,10 +219,3 @@ CASES: dict[str, tuple[Callable[[Any, np.random.Generator], Iterator[str]], tupl
     "moe_combine": (combine_cases, ("bfloat16", "float32")),
     "moe": (layer_cases, ("bfloat16",)),
 }
-
-
-def moe_cases(kernel: str, runner: Callable[[str], Any], random: np.random.Generator) -> Iterator[str]:
-    cases, dtypes = CASES[kernel]
-    for dtype in dtypes:
-        for name in cases(runner(dtype), random):
-            yield f"{name} {dtype}"

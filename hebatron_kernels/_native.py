@@ -104,6 +104,17 @@ def refusal(first: Tensor, *others: Tensor | None, cuda: bool = False) -> str | 
     return None
 
 
+def unaligned(**tensors: Tensor) -> str | None:
+    """Which of these has rows that do not start on 16 bytes, or None."""
+    for name, tensor in tensors.items():
+        steps = [step for step, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1]
+        # while compiling a tensor has no address yet: the kernel checks it again
+        start = 0 if torch.compiler.is_compiling() else tensor.data_ptr() // tensor.element_size()
+        if any(step % (16 // tensor.element_size()) for step in [*steps, start]):
+            return f"needs the rows of {name} to start on 16 bytes, got strides {tuple(tensor.stride())}"
+    return None
+
+
 @torch.compiler.assume_constant_result
 def arch_of(device: int) -> str:
     """The architecture of this GPU, "sm_90"."""

@@ -482,7 +482,8 @@ struct DecodeStepArgs {
   X(moe_combine_bwd, MoeCombineBwdArgs)       \
   X(moe_mlp_fwd, MoeMlpArgs)                  \
   X(moe_mlp_bwd, MoeMlpBwdArgs)               \
-  X(moe_decode, MoeMlpArgs)
+  X(moe_decode, MoeMlpArgs)                   \
+  X(attention_decode, AttentionDecodeArgs)
 
 #define HEBATRON_DECLARE(name, Args)             \
   void name(const Args& args, const Exec& exec); \

@@ -39,7 +39,7 @@ _attention_decode = Operator(
     "Tensor q, Tensor k_new, Tensor v_new, Tensor(a!) cache, Tensor block_table, Tensor lengths, "
     "float? scale, int? window",
     "Tensor",
-    {"native": native, "torch": torch_ops, "reference": reference},
+    {"native": native, "torch": torch_ops, "reference": reference, "emulator": native},
     _fake,
     differentiable=False,
 )
@@ -162,7 +162,8 @@ def attention_decode(
         None: the cache is updated in place.
 
     Backends:
-        native: C++, fp32 and bf16; a sequence's result does not depend on the others.
+        native: C++, fp32 and bf16; a sequence's result does not depend on the others. CUDA, bf16, head dims that are
+        multiples of 8 up to 256: the table and the lengths are read on the GPU and trusted.
         torch: gathers each sequence's blocks, then SDPA; every dtype and device. reference: fp64, loops.
 
     Source:

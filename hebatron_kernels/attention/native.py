@@ -1,4 +1,5 @@
-"""Attention in C++ (csrc/cpu/attention*.cpp): prefill forward and backward, decode over pages; fp32 and bf16."""
+"""Attention in C++ (csrc/cpu/attention*.cpp): prefill forward and backward, decode over pages; fp32 and bf16. Decode in
+CUDA (csrc/cuda/attention_decode.cu), bf16."""
 
 from __future__ import annotations
 
@@ -8,6 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import _native
+
+PER_16_BYTES = 8  # bf16: what the CUDA kernels move at a time
+MOST_HEAD_DIM = 256
+MOST_BLOCKS = 65535  # of a grid along y and z
 
 
 def supports_attention_prefill(
@@ -122,7 +127,24 @@ def _ends(cu_seqlens: Tensor | None, tokens: int) -> Tensor:
 
 def _rows(name: str, x: Tensor) -> dict[str, Any]:
     """A tensor of tokens and heads, and the strides of both."""
-    return {name: x, f"{name}_stride": x.stride(0), f"{name}_head_stride": x.stride(1)}
+    token, head = _strides(x)[:2]
+    return {name: x, f"{name}_stride": token, f"{name}_head_stride": head}
+
+
+def _strides(x: Tensor) -> list[int]:
+    """0 for a dimension of one element, where torch leaves the stride open."""
+    return [step if n > 1 else 0 for step, n in zip(x.stride(), x.shape)]
+
+
+def _cuda_refusal(**tensors: Tensor) -> str | None:
+    """Why the CUDA kernels cannot take these, or None."""
+    first = next(iter(tensors.values()))
+    if first.dtype != torch.bfloat16:
+        return f"computes bfloat16, got {str(first.dtype).removeprefix('torch.')}"
+    head_dim = first.shape[-1]
+    if head_dim % PER_16_BYTES or head_dim > MOST_HEAD_DIM:
+        return f"needs a head dim that is a multiple of {PER_16_BYTES} and at most {MOST_HEAD_DIM}, got {head_dim}"
+    return _native.refusal(*tensors.values(), cuda=True) or _native.unaligned(**tensors)
 
 
 def supports_attention_decode(
@@ -135,7 +157,17 @@ def supports_attention_decode(
     scale: float | None,
     window: int | None,
 ) -> str | None:
-    return _native.refusal(q_QHP, k_new_QHkP, v_new_QHkP, cache)
+    if not _native.on_cuda(q_QHP):
+        return _native.refusal(q_QHP, k_new_QHkP, v_new_QHkP, cache)
+    if max(q_QHP.shape[0], q_QHP.shape[1]) > MOST_BLOCKS:
+        return (
+            f"the CUDA kernel takes at most {MOST_BLOCKS} sequences and heads, got {tuple(q_QHP.shape[:2])}"
+        )
+    return _cuda_refusal(q_QHP=q_QHP, k_new_QHkP=k_new_QHkP, v_new_QHkP=v_new_QHkP, cache=cache)
+
+
+def kernels_attention_decode(*args: object) -> list[str]:
+    return ["attention_decode"]
 
 
 def attention_decode(
@@ -151,8 +183,9 @@ def attention_decode(
     sequences, heads, head_dim = q_QHP.shape
     block_size, kv_heads = cache.shape[2:4]
     everything = block_table.shape[1] * block_size + 1
-    o_QHP = torch.empty(q_QHP.shape, dtype=q_QHP.dtype)
+    o_QHP = torch.empty_like(q_QHP, memory_format=torch.contiguous_format)
     keys, values = cache.unbind()
+    block_stride, row_stride, head_stride = _strides(keys)[:3]
     _native.call(
         "attention_decode",
         sequences=sequences,
@@ -170,9 +203,9 @@ def attention_decode(
         **_rows("v_new", v_new_QHkP),
         keys=keys,
         values=values,
-        block_stride=keys.stride(0),
-        row_stride=keys.stride(1),
-        head_stride=keys.stride(2),
+        block_stride=block_stride,
+        row_stride=row_stride,
+        head_stride=head_stride,
         block_table=block_table.contiguous(),
         lengths=lengths.contiguous(),
         o=o_QHP,

@@ -63,7 +63,7 @@ def supports_grouped_gemm(
     for name, width in (("inner width", b_EKM.shape[1]), ("number of outputs", b_EKM.shape[2])):
         if width % PER_16_BYTES:
             return f"needs the {name} to be a multiple of {PER_16_BYTES}, got {width}"
-    reason = _unaligned(a_ND=a_RK, b_EKN=stored)
+    reason = _native.unaligned(a_ND=a_RK, b_EKN=stored)
     if reason is not None:
         return reason
     if stored.stride(1) < stored.shape[2] or stored.stride(0) < 0:
@@ -74,17 +74,6 @@ def supports_grouped_gemm(
         return "cutlass needs b_EKN as the transposed view of weights stored (E, M, K)"
     if implementation is not None and implementation.startswith("cutlass") and rows_N is not None:
         return "cutlass gathers no rows: needs them in place (moe_permute first) and rows_N=None"
-    return None
-
-
-def _unaligned(**tensors: Tensor) -> str | None:
-    """Which of these has rows that do not start on 16 bytes, or None."""
-    for name, tensor in tensors.items():
-        steps = [step for step, n in zip(tensor.stride()[:-1], tensor.shape) if n > 1]
-        # while compiling a tensor has no address yet: the kernel checks it again
-        start = 0 if torch.compiler.is_compiling() else tensor.data_ptr() // tensor.element_size()
-        if any(step % PER_16_BYTES for step in [*steps, start]):
-            return f"needs the rows of {name} to start on 16 bytes, got strides {tuple(tensor.stride())}"
     return None
 
 
@@ -248,7 +237,7 @@ def supports_moe_mlp(
             return f"needs the {name} to be a multiple of {PER_16_BYTES} and {most}, got {columns:,}"
     rounded = up_EFD.dtype != x_TD.dtype  # then what the kernels read is a copy
     weights = {} if rounded else {"up_EFD": up_EFD, "down_EDF": down_EDF}
-    return _native.refusal(x_TD, *weights.values(), cuda=True) or _unaligned(x_TD=x_TD, **weights)
+    return _native.refusal(x_TD, *weights.values(), cuda=True) or _native.unaligned(x_TD=x_TD, **weights)
 
 
 def kernels_moe_mlp(x_TD: Tensor, *others: object) -> list[str]:
