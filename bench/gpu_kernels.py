@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from common import OTHERS
 from gpu_device import Call, Ceilings, Clocks, Device, as_row, machine
 from gpu_problems import TINY, Problem, Sizes, problems
+from gpu_problems_conv import convolutions
 from torch import Tensor
 
 from hebatron_kernels import _native, _triton
@@ -193,7 +195,7 @@ def main() -> int:
     with Clocks(device.cuda) as clocks:
         ceilings = device.ceilings(sizes.copy_bytes, sizes.matmul_size, repeats)
         print(f"ceilings: {asdict(ceilings)}")
-        for name, make in problems(sizes, device.device):
+        for name, make in chain(problems(sizes, device.device), convolutions(sizes, device.device)):
             if time.monotonic() > deadline or not device.alive():
                 skipped.append(name)
                 continue

@@ -37,6 +37,7 @@ class Sizes:
     tokens: tuple[int, ...] = (4096, 16384, 1024, 64, 8, 1)
     tokens_once: int = 65536
     inner: int = 4096  # Mamba-2: 64 heads of 64, its gated norm in 8 groups
+    channels: int = 6144  # of its convolution
     attention: tuple[int, ...] = (4096, 16384)
     decode: tuple[tuple[int, int], ...] = ((1, 65536), (32, 8192))
     projections: tuple[tuple[str, int, int], ...] = (("in_proj", 2688, 10304), ("lm_head", 2688, 131072))
@@ -53,6 +54,7 @@ TINY = Sizes(
     tokens=(8, 1),
     tokens_once=16,
     inner=64,
+    channels=64,
     attention=(32,),
     decode=((1, 64),),
     projections=(("in_proj", 64, 96),),

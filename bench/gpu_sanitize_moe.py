@@ -1,4 +1,4 @@
-"""The expert layer's cases for bench/gpu_sanitize.py: ragged and small, compared with numpy."""
+"""The expert layer's cases for bench/gpu_sanitize.py, and the table of all: ragged and small, compared with numpy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from gpu_sanitize_conv import conv_cases
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
@@ -214,6 +215,7 @@ def layer_cases(run: Any, random: np.random.Generator) -> Iterator[str]:
 
 # each kernel's cases, and the dtypes they run in
 CASES: dict[str, tuple[Callable[[Any, np.random.Generator], Iterator[str]], tuple[str, ...]]] = {
+    "conv": (conv_cases, ("bfloat16", "float32")),
     "moe_route": (route_cases, ("float32",)),
     "moe_permute": (permute_cases, ("bfloat16", "float32")),
     "moe_combine": (combine_cases, ("bfloat16", "float32")),

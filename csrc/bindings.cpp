@@ -83,7 +83,6 @@ static SsdUpdateArgs read(Reader& in, SsdUpdateArgs*) {
   return a;
 }
 
-#ifdef HEBATRON_MODULE_CPU
 static ConvArgs read_conv(Reader& in, bool outputs) {
   ConvArgs a{};
   a.tokens = in.integer("tokens");
@@ -135,6 +134,7 @@ static ConvUpdateArgs read(Reader& in, ConvUpdateArgs*) {
   return a;
 }
 
+#ifdef HEBATRON_MODULE_CPU
 static SsdScanArgs read_ssd_scan(Reader& in, bool outputs) {
   SsdScanArgs a{};
   a.tokens = in.integer("tokens");

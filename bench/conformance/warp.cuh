@@ -131,7 +131,13 @@ inline Bytes run_atomics() {
   return out;
 }
 
-__global__ void streaming(const uint4* in, uint4* out) { store_streaming(out + threadIdx.x, load_streaming(in + (threadIdx.x ^ 3))); }
+__global__ void streaming(const uint4* in, uint4* out) {
+  const uint4 v = load_streaming(in + (threadIdx.x ^ 3));
+  uint2* halves = reinterpret_cast<uint2*>(out + threadIdx.x);
+  if (threadIdx.x % 2) return store_streaming(out + threadIdx.x, v);
+  store_streaming(halves, uint2{v.x, v.y});
+  store_streaming(halves + 1, uint2{v.z, v.w});
+}
 inline Bytes run_streaming() {
   const Buffer<uint32_t> in(noise_words(5, 64 * 4));
   const Buffer<uint32_t> out(64 * 4);

@@ -23,8 +23,6 @@ int64_t partials(int64_t rows) {
   return blocks < kMaxPartials ? blocks : kMaxPartials;
 }
 
-HEBATRON_DEVICE float sigmoid(float v) { return 1.0f / (1.0f + exp_approx(-v)); }
-
 // One thread's packs of one group of one row: the gated sum in `value`, and what the gradient needs.
 template <class T, int kCount>
 struct Slice {

@@ -20,6 +20,8 @@ HEBATRON_DEVICE float rounded(float v) {
   return widen(stored);
 }
 
+HEBATRON_DEVICE float sigmoid(float v) { return 1.0f / (1.0f + exp_approx(-v)); }
+
 // Threads of a block for rows of so many columns.
 template <int kCount>
 int threads_for_row(const char* op, const char* what, int64_t columns) {

@@ -39,10 +39,10 @@ struct ConvArgs {
   DType dtype;  // of x, past, y, last
   const void* x;
   int64_t x_stride;
-  const void* past;           // sequences, K, channels: the inputs before each sequence, oldest first
+  const void* past;           // sequences, K, channels: the inputs before each sequence, oldest first; on CUDA or null, which is zeros
   const float* weight;        // taps, channels
   const float* bias;          // channels, or null
-  const int32_t* cu_seqlens;  // sequences + 1
+  const int32_t* cu_seqlens;  // sequences + 1; on CUDA or null, which is one sequence of all tokens
   void* y;                    // tokens, channels
   void* last;                 // sequences, K, channels
 };
@@ -53,7 +53,7 @@ struct ConvBwdArgs {
   const void* grad_y;     // tokens, channels, contiguous
   const void* grad_last;  // sequences, K, channels, contiguous
   void* grad_x;           // tokens, channels
-  void* grad_past;        // sequences, K, channels
+  void* grad_past;        // sequences, K, channels; on CUDA or null
   float* grad_weight;     // taps, channels
   float* grad_bias;       // channels
 };
@@ -472,6 +472,9 @@ struct DecodeStepArgs {
 #define HEBATRON_CUDA_OPS(X)                  \
   X(rms_norm_fwd, RmsNormArgs)                \
   X(rms_norm_bwd, RmsNormBwdArgs)             \
+  X(causal_conv1d_fwd, ConvArgs)              \
+  X(causal_conv1d_bwd, ConvBwdArgs)           \
+  X(causal_conv1d_update, ConvUpdateArgs)     \
   X(ssd_update, SsdUpdateArgs)                \
   X(grouped_gemm_fwd, GroupedGemmArgs)        \
   X(grouped_gemm_wgrad, GroupedGemmWgradArgs) \

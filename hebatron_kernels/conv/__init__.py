@@ -10,7 +10,7 @@ from . import native, reference, torch_ops
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 
-_MODULES = {"native": native, "torch": torch_ops, "reference": reference}
+_MODULES = {"native": native, "emulator": native, "torch": torch_ops, "reference": reference}
 
 
 def _fake(
@@ -62,7 +62,7 @@ def causal_conv1d(
         cu_seqlens: (Q + 1,) int32, where each packed sequence starts and ends; None is one sequence. Sequences
             do not see one another, whatever they hold, and may be empty.
         initial_state: (Q, C, W - 1) in the dtype of x, the inputs before each sequence, oldest first; None is zeros.
-        backend: "native", "torch" or "reference"; None chooses.
+        backend: "native", "torch", "reference" or "emulator"; None chooses.
 
     Returns:
         y_TC in the dtype of x, and the last W - 1 inputs of each sequence (Q, C, W - 1) in the dtype of x, oldest
@@ -76,8 +76,9 @@ def causal_conv1d(
         To x, weight, bias and initial_state, through both results.
 
     Backends:
-        native: C++ forward and backward, fp32 and bf16 on the CPU. torch: every dtype and device. Both sum in fp32
-        (fp64 for fp64 inputs), oldest tap first.
+        native: forward and backward in fp32 and bf16, C++ on the CPU (up to 16 taps) and CUDA on the GPU (up to 8).
+        emulator: the CUDA kernels on CPU tensors, for tests. torch: every dtype and device. All sum in fp32 (fp64 for
+        fp64 inputs), oldest tap first.
 
     Source:
         Gu and Dao 2023, Mamba, arXiv 2312.00752, section 3.4; conv_kernel, use_conv_bias of Nemotron-H's config.
@@ -108,7 +109,7 @@ def causal_conv1d_update(
         x_QC: (Q sequences, C channels), any floating dtype; rows may be strided.
         conv_state_QCK: (Q, C, K = W - 1 past inputs) in the dtype of x, contiguous, oldest first. Overwritten.
         weight_CW, bias_C, activation: as in causal_conv1d.
-        backend: "native", "torch" or "reference"; None chooses.
+        backend: "native", "torch", "reference" or "emulator"; None chooses.
 
     Returns:
         y_QC in the dtype of x.
@@ -122,7 +123,8 @@ def causal_conv1d_update(
         None; causal_conv1d with an initial_state has them.
 
     Backends:
-        native: C++, fp32 and bf16 on the CPU. torch: every dtype and device.
+        native: fp32 and bf16, C++ on the CPU and CUDA on the GPU; the bits of causal_conv1d. emulator: the CUDA kernel
+        on CPU tensors, for tests. torch: every dtype and device.
 
     Source:
         As causal_conv1d.

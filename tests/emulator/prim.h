@@ -124,6 +124,7 @@ HEBATRON_DEVICE uint32_t load_acquire(const uint32_t* p) { return emulator::load
 HEBATRON_DEVICE void store_release(uint32_t* p, uint32_t v) { emulator::store_release(p, v); }
 HEBATRON_DEVICE uint4 load_streaming(const void* p) { return *static_cast<const uint4*>(p); }
 HEBATRON_DEVICE void store_streaming(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+HEBATRON_DEVICE void store_streaming(void* p, uint2 v) { *static_cast<uint2*>(p) = v; }
 
 HEBATRON_DEVICE uint32_t smem_address(const void* p) { return emulator::shared_address(p); }
 HEBATRON_DEVICE uint32_t map_to_rank(uint32_t address, uint32_t rank) { return emulator::map_to_rank(address, rank); }

@@ -3,6 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conv_cases import FORMS, make, single
 
 import hebatron_kernels as hk
 from hebatron_kernels import testing
@@ -23,27 +24,8 @@ SHAPES = [
     (9, 33, 1, [0, 4, 9]),  # one tap: no state
     (130, 8, 16, None),  # the most taps, more than two blocks of tokens
 ]
-# bias, activation, initial state
-FORMS = [(True, "silu", True), (False, None, False), (True, "silu", False)]
 DTYPES = [torch.float32, torch.bfloat16]
 BACKENDS = ["native", "torch", "reference"]
-
-
-def make(tokens=23, channels=10, taps=4, ends=None, bias=True, activation="silu", initial=True):
-    torch.manual_seed(0)
-
-    def noise(*shape):
-        return torch.randn(*shape, dtype=torch.float64)
-
-    cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32)
-    sequences = 1 if ends is None else len(ends) - 1
-    state = noise(sequences, channels, taps - 1) if initial else None
-    vector = noise(channels) if bias else None
-    return [noise(tokens, channels), noise(channels, taps), vector, activation, cu_seqlens, state]
-
-
-def single(args):
-    return [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
 
 @pytest.mark.parametrize("isa", testing.isas())

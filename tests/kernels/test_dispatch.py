@@ -198,8 +198,8 @@ def test_the_emulator_says_how_to_load_it(monkeypatch):
     assert "emulator  call hebatron_kernels.testing.load_emulator() first" in hk.explain(
         "rms_norm", *norm_args()
     )
-    with pytest.raises(hk.BackendError, match=r"causal_conv1d\[emulator\]: not written for this operator"):
-        hk.causal_conv1d(*conv_args(), backend="emulator")
+    with pytest.raises(hk.BackendError, match=r"linear_packed\[emulator\]: not written for this operator"):
+        hk.linear_packed(torch.ones(2, 3), hk.linear_pack(torch.ones(4, 3)), 4, backend="emulator")
 
 
 @pytest.mark.parametrize("missing", ["compiler", "cmake", "pybind11", "source"])

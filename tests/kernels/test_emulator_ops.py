@@ -284,8 +284,8 @@ def test_the_emulator_is_explained_and_never_chosen():
     assert "emulator  computes bfloat16, got float32" in hk.explain(
         hk.grouped_gemm, a.float(), b.float(), ends
     )
-    state = hk.explain(hk.causal_conv1d, torch.ones(4, 8), torch.ones(8, 4), None, None)
-    assert "emulator  not written for this operator" in state
+    packed = hk.explain(hk.linear_packed, torch.ones(4, 8), hk.linear_pack(torch.ones(5, 8)), 5)
+    assert "emulator  not written for this operator" in packed
 
 
 def test_grouped_gemm_says_why_its_kernels_refuse():
