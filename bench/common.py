@@ -52,7 +52,10 @@ GROUPED_GEMM_WGRAD: Forms = {
 
 
 # The other kernel files; "moe" is the whole expert layer and runs the products too.
-OTHERS = ("norm", "conv", "moe_route", "moe_permute", "moe_combine", "moe", "attention_decode")
+OTHERS = (
+    *("norm", "conv", "moe_route", "moe_permute", "moe_combine", "moe"),
+    *("attention", "attention_bwd", "attention_decode"),
+)
 
 
 def grouped_gemm_forms(

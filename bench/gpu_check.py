@@ -38,7 +38,12 @@ BENCH = ROOT / "bench"
 SECONDS = {"build": 150, "conformance": 70, "tests": 150, "sanitizer": 90, "timings": 120, "record": 10}
 # Kernel files of the expert layer, and the tests in tests/gpu/test_gpu_moe.py that are theirs.
 MOE_TESTS = {"moe_route": "route", "moe_permute": "permute", "moe_combine": "combine", "moe": "mlp"}
-ATTENTION_TESTS = {"attention_decode": "decode"}  # the same in tests/gpu/test_gpu_attention.py
+# The same in tests/gpu/test_gpu_attention.py.
+ATTENTION_TESTS = {
+    "attention": "prefill and not gradients",
+    "attention_bwd": "gradients",
+    "attention_decode": "decode",
+}
 # hebatron_kernels._triton.kernel("moe"); not imported: the first step builds the package
 TRITON = "moe/triton"
 Check = dict[str, Any]

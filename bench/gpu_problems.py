@@ -424,7 +424,8 @@ def mlp(
 
 def baselines(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
     for tokens in sizes.attention:
-        yield f"attention {tokens}", partial(attention, device, tokens)
+        for backward in (False, True):
+            yield f"attention {tokens}", partial(attention, device, tokens, backward)
     for batch, context in sizes.decode:
         yield f"decode {batch}x{context}", partial(decode, device, batch, context)
     for name, inner, outer in sizes.projections:
@@ -432,18 +433,33 @@ def baselines(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]
             yield f"{name} {tokens}", partial(projection, device, name, tokens, inner, outer)
 
 
-def attention(device: torch.device, tokens: int) -> Problem:
-    q = torch.randn(1, 32, tokens, 128, device=device, dtype=BF16)
-    k, v = torch.randn(2, 1, 2, tokens, 128, device=device, dtype=BF16)
+def attention(device: torch.device, tokens: int, backward: bool) -> Problem:
+    """One sequence, 32 query heads over 2 of 128, causal; SDPA's kernels by name on the same tensors."""
+    q = torch.randn(tokens, 32, 128, device=device, dtype=BF16)
+    k, v = torch.randn(2, tokens, 2, 128, device=device, dtype=BF16)
 
-    def with_backend(backend: SDPBackend) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+        batch = [x.transpose(0, 1)[None] for x in (q, k, v)]
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return F.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
+    call = (
+        partial(_gradients, hk.attention_prefill, (q, k, v))
+        if backward
+        else partial(hk.attention_prefill, q, k, v)
+    )
+    rivals = by_backend(device, call)
     names = ("FLASH_ATTENTION", "CUDNN_ATTENTION") if device.type == "cuda" else ("MATH",)
-    rivals: dict[str, Call] = {f"SDPA {n}": partial(with_backend, getattr(SDPBackend, n)) for n in names}
-    bytes_moved = 2.0 * (2 * q.numel() + k.numel() + v.numel())
-    return Problem("baseline", f"causal attention {tokens}", bytes_moved, 2.0 * 32 * tokens**2 * 128, rivals)
+    for name in names:
+        bar = partial(_gradients, sdpa, (q, k, v), name) if backward else partial(sdpa, q, k, v, name)
+        rivals[f"SDPA {name}"] = bar
+    tensors = (
+        (4 * q.numel() + 4 * k.numel()) if backward else 0
+    )  # o, grad_o, grad_q and q again; k, v and theirs
+    bytes_moved = 2.0 * (2 * q.numel() + k.numel() + v.numel() + tensors)
+    flops = (3.5 if backward else 1) * 2.0 * 32 * tokens**2 * 128
+    kernel, case = ("attention_bwd", " forward and backward") if backward else ("attention", "")
+    return Problem(kernel, f"causal {tokens}{case}", bytes_moved, flops, rivals, "torch form")
 
 
 def decode(device: torch.device, batch: int, context: int) -> Problem:

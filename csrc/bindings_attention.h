@@ -3,7 +3,6 @@
 #include "bindings.h"
 #include "hebatron/ops.h"
 
-#ifdef HEBATRON_MODULE_CPU
 static AttentionArgs read(Reader& in, AttentionArgs*) {
   AttentionArgs a{};
   a.tokens_q = in.integer("tokens_q");
@@ -42,7 +41,6 @@ static AttentionBwdArgs read(Reader& in, AttentionBwdArgs*) {
   b.grad_v = in.pointer("grad_v");
   return b;
 }
-#endif
 
 static AttentionDecodeArgs read_attention_decode(Reader& in, bool projected) {
   AttentionDecodeArgs a{};

@@ -486,7 +486,9 @@ struct DecodeStepArgs {
   X(moe_mlp_fwd, MoeMlpArgs)                  \
   X(moe_mlp_bwd, MoeMlpBwdArgs)               \
   X(moe_decode, MoeMlpArgs)                   \
-  X(attention_decode, AttentionDecodeArgs)
+  X(attention_decode, AttentionDecodeArgs)    \
+  X(attention_prefill_fwd, AttentionArgs)     \
+  X(attention_prefill_bwd, AttentionBwdArgs)
 
 #define HEBATRON_DECLARE(name, Args)             \
   void name(const Args& args, const Exec& exec); \

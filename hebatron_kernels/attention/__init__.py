@@ -28,7 +28,7 @@ _attention_prefill = Operator(
     "attention_prefill",
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool causal, float? scale, int? window",
     "Tensor",
-    {"native": native, "torch": torch_ops, "reference": reference},
+    {"native": native, "torch": torch_ops, "reference": reference, "emulator": native},
     _fake,
     fake_keep=_fake_keep,
     keep_results=True,
@@ -84,7 +84,9 @@ def attention_prefill(
 
     Backends:
         native: C++, fp32 and bf16 (fp32 scores and sums), memory linear in the lengths. A query's result is the same to
-        the bit alone, packed, in chunks and beside any other; the gradients do not depend on the threads.
+        the bit alone, packed, in chunks and beside any other; the gradients do not depend on the threads. CUDA, fp32
+        and bf16, head dims up to 256 (bf16: multiples of 8, with gradients up to 128): cu_seqlens is read on the GPU
+        and trusted; the same bits every run.
         torch: SDPA on batches of segments of like length, every dtype and device; it reads cu_seqlens on the host
         (on a GPU that waits for it), except under torch.compile, where one T x S mask serves instead. NaN in one
         sequence stays in it, but for that compiled form. reference: fp64, softmax written out, loops.

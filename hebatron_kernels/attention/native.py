@@ -1,5 +1,5 @@
-"""Attention in C++ (csrc/cpu/attention*.cpp): prefill forward and backward, decode over pages; fp32 and bf16. Decode in
-CUDA (csrc/cuda/attention_decode.cu), bf16."""
+"""Attention in C++ (csrc/cpu/attention*.cpp) and CUDA (csrc/cuda/attention*.cu): prefill forward and backward, fp32 and
+bf16, and decode over pages, on CUDA in bf16 alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _native
 
 PER_16_BYTES = 8  # bf16: what the CUDA kernels move at a time
-MOST_HEAD_DIM = 256
+MOST_HEAD_DIM, MOST_HEAD_DIM_WITH_GRADIENTS = 256, 128
 MOST_BLOCKS = 65535  # of a grid along y and z
 
 
@@ -25,7 +25,26 @@ def supports_attention_prefill(
     scale: float | None,
     window: int | None,
 ) -> str | None:
-    return _native.refusal(q_THP, k_SHkP, v_SHkP)
+    reason = _native.refusal(q_THP, k_SHkP, v_SHkP, cuda=True)
+    if reason is not None or not _native.on_cuda(q_THP):
+        return reason
+    head_dim = q_THP.shape[2]
+    if q_THP.dtype == torch.float32:
+        return (
+            None
+            if head_dim <= MOST_HEAD_DIM
+            else f"needs a head dim of at most {MOST_HEAD_DIM}, got {head_dim}"
+        )
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_THP, k_SHkP, v_SHkP))
+    if wants_gradient and head_dim > MOST_HEAD_DIM_WITH_GRADIENTS:
+        return (
+            f"the gradients in bfloat16 take head dims up to {MOST_HEAD_DIM_WITH_GRADIENTS}, got {head_dim}"
+        )
+    return _cuda_refusal(q_THP=q_THP, k_SHkP=k_SHkP, v_SHkP=v_SHkP)
+
+
+def kernels_attention_prefill(*args: object) -> list[str]:
+    return ["attention", "attention_bwd"]
 
 
 def attention_prefill(
@@ -52,8 +71,8 @@ def attention_prefill_keep(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """o, and each row's log of the sum of exponentials (-inf where a query sees no key)."""
-    o_THP = _native.empty(q_THP.shape, q_THP.dtype)
-    lse_TH = torch.empty(q_THP.shape[:2], dtype=torch.float32)
+    o_THP = _empty(q_THP)
+    lse_TH = torch.empty(q_THP.shape[:2], dtype=torch.float32, device=q_THP.device)
     inputs = _inputs(q_THP, k_SHkP, v_SHkP, cu_seqlens_q, cu_seqlens_k, causal, scale, window)
     _native.call("attention_prefill_fwd", **inputs, o=o_THP, lse=lse_TH)
     return o_THP, lse_TH
@@ -72,13 +91,16 @@ def attention_prefill_keep_bwd(
     scale: float | None,
     window: int | None,
 ) -> list[Tensor]:
-    found = [_native.empty(x.shape, x.dtype) for x in (q_THP, k_SHkP, v_SHkP)]
+    grad_o = (
+        grads[0].clone() if grads[0].data_ptr() % 16 else grads[0]
+    )  # CUDA's kernels move 16 bytes at a time
+    found = [_empty(x) for x in (q_THP, k_SHkP, v_SHkP)]
     _native.call(
         "attention_prefill_bwd",
         **_inputs(q_THP, k_SHkP, v_SHkP, cu_seqlens_q, cu_seqlens_k, causal, scale, window),
         o=kept[0],
         lse=kept[1],
-        grad_o=grads[0],
+        grad_o=grad_o,
         grad_q=found[0],
         grad_k=found[1],
         grad_v=found[2],
@@ -99,8 +121,9 @@ def _inputs(
     tokens_q, heads, head_dim = q_THP.shape
     tokens_k, kv_heads, _ = k_SHkP.shape
     everything = tokens_q + tokens_k + 1
-    cu_q = _ends(cu_seqlens_q, tokens_q)
-    cu_k = cu_q if cu_seqlens_k is None and cu_seqlens_q is not None else _ends(cu_seqlens_k, tokens_k)
+    cu_q = _ends(cu_seqlens_q, tokens_q, q_THP.device)
+    same = cu_seqlens_k is None and cu_seqlens_q is not None
+    cu_k = cu_q if same else _ends(cu_seqlens_k, tokens_k, q_THP.device)
     return {
         "tokens_q": tokens_q,
         "tokens_k": tokens_k,
@@ -121,8 +144,18 @@ def _inputs(
     }
 
 
-def _ends(cu_seqlens: Tensor | None, tokens: int) -> Tensor:
-    return torch.tensor([0, tokens], dtype=torch.int32) if cu_seqlens is None else cu_seqlens.contiguous()
+def _empty(like: Tensor) -> Tensor:
+    """Its shape and dtype, contiguous, where it is."""
+    return like.new_empty(like.shape) if like.is_cuda else _native.empty(like.shape, like.dtype)
+
+
+def _ends(cu_seqlens: Tensor | None, tokens: int, device: torch.device) -> Tensor:
+    if cu_seqlens is not None:
+        return cu_seqlens.contiguous()
+    if tokens == 0:
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    # [0, tokens]; on a GPU torch.tensor would copy it from the host and wait
+    return torch.arange(0, tokens + 1, tokens, dtype=torch.int32, device=device)
 
 
 def _rows(name: str, x: Tensor) -> dict[str, Any]:

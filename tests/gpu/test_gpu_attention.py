@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_cases import paged
+from attention_cases import packed, paged
 from gpu_cases import (
     assert_same_bits,
     check_graph,
@@ -131,3 +131,120 @@ def test_attention_decode_refuses_pointers_it_cannot_follow(gpu, monkeypatch, pr
     pointers = ["q", "k_new", "v_new", "keys", "values", "block_table", "lengths", "o"]
     call = lambda: hk.attention_decode(*args, backend="native")  # noqa: E731
     check_pointer_errors(monkeypatch, "attention_decode", pointers, call)
+
+
+# ---- attention_prefill ----
+
+# queries, keys, heads, kv heads, head dim, window: the smallest; the model's heads past a tile, a chunk behind its
+# keys; 5 heads a kv head; sequences of no queries, no keys, one token; windows
+PREFILLS = {
+    "smallest": ([1], [1], 1, 1, 8, None),
+    "model": ([300, 40], [300, 333], 32, 2, 128, None),
+    "ratios": ([90], [90], 10, 2, 64, 50),
+    "ragged": ([0, 5, 130, 3, 1], [4, 0, 200, 3, 1], 4, 2, 72, 100),
+}
+
+
+def prefill_args(lengths_q, lengths_k, heads, kv_heads, head_dim, window):
+    args = packed(lengths_q, lengths_k, torch.float32, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    return [*args, True, None, window]
+
+
+def prefilled(place):
+    def call(*args, backend):
+        there = place.backend if backend == "native" else backend
+        return hk.attention_prefill(*moved(args, place.device, args[0].dtype), backend=there).cpu()
+
+    return call
+
+
+def both_ways(args):
+    leaves = [a.detach().requires_grad_() for a in args[:3]]
+    out = hk.attention_prefill(*leaves, *args[3:], backend="native")
+    return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("name", PREFILLS)
+def test_attention_prefill_matches_oracle(place, name, dtype):
+    testing.check_oracle(prefilled(place), prefill_args(*PREFILLS[name]), dtype, "native", grad=False)
+
+
+@pytest.mark.parametrize("head_dim", [136, 256])
+def test_attention_prefill_matches_oracle_at_wide_heads(place, head_dim):
+    args = prefill_args([150], [150], 2, 1, head_dim, None)
+    testing.check_oracle(prefilled(place), args, BF16, "native", grad=False)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("name", PREFILLS)
+def test_attention_prefill_gradients_match_oracle(place, name, dtype):
+    # of one key the gradients to q and k are a difference of equals, all rounding
+    testing.check_oracle(
+        prefilled(place), prefill_args(*PREFILLS[name]), dtype, "native", grad=name != "smallest"
+    )
+
+
+@pytest.mark.parametrize("with_gradients", [False, True], ids=["result", "gradients"])
+def test_attention_prefill_gives_the_same_bits_every_time(gpu, with_gradients):
+    args = moved(prefill_args(*PREFILLS["model"]))
+    call = both_ways if with_gradients else lambda a: hk.attention_prefill(*a, backend="native")
+    want = call(args)
+    for _ in range(5):
+        assert_same_bits(call(args), want)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True], ids=["result", "gradients"])
+def test_attention_prefill_streams_graphs_and_waiting(gpu, with_gradients, proves):
+    proves("streams")
+    args = moved(prefill_args(*PREFILLS["model"]))
+    call = both_ways if with_gradients else lambda a: hk.attention_prefill(*a, backend="native")
+    check_stream(lambda: call(args), args[0])
+    check_never_waits(lambda: call(args))
+    check_never_waits(
+        lambda: call([*args[:3], None, None, False, None, None])
+    )  # the ends are made on the GPU
+
+
+@pytest.mark.parametrize("with_gradients", [False, True], ids=["result", "gradients"])
+def test_attention_prefill_replays_from_a_graph_with_other_lengths(gpu, with_gradients, proves):
+    """The lengths live on the device: a graph must follow them."""
+    proves("graphs")
+    args = moved(prefill_args(*PREFILLS["model"]))
+    call = both_ways if with_gradients else lambda a: hk.attention_prefill(*a, backend="native")
+    check_graph(lambda: call(args), args[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(args)
+    for first_q, first_k in ((10, 500), (0, 633), (340, 7)):
+        args[3][1], args[4][1] = first_q, first_k
+        graph.replay()
+        got = [t.clone() for t in (captured if with_gradients else [captured])]
+        assert_same_bits(got, call(args) if with_gradients else [call(args)])
+
+
+def test_attention_prefill_takes_rows_past_2_to_the_31_elements(gpu):
+    need_memory(12)
+    tokens = 2**31 // (34 * 128) + 400
+    fused = torch.zeros(tokens, 34, 128, device="cuda", dtype=BF16)
+    fused[-300:] = torch.randn(300, 34, 128, device="cuda", dtype=BF16)
+    ends = torch.tensor([0, tokens - 300, tokens], device="cuda", dtype=torch.int32)
+    got = hk.attention_prefill(*fused.split([32, 1, 1], dim=1), ends, window=64, backend="native")
+    last = (x.contiguous() for x in fused[-300:].split([32, 1, 1], dim=1))
+    assert fused.numel() > 2**31
+    assert_same_bits(got[-300:], hk.attention_prefill(*last, window=64, backend="native"))
+
+
+@pytest.mark.parametrize("with_gradients", [False, True], ids=["result", "gradients"])
+def test_attention_prefill_refuses_pointers_it_cannot_follow(gpu, monkeypatch, with_gradients, proves):
+    proves("errors")
+    args = moved(prefill_args(*PREFILLS["ratios"]))
+    pointers, op = ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "o", "lse"], "attention_prefill_fwd"
+    if with_gradients:
+        op, pointers = "attention_prefill_bwd", [*pointers, "grad_o", "grad_q", "grad_k", "grad_v"]
+    call = (
+        (lambda: both_ways(args))
+        if with_gradients
+        else (lambda: hk.attention_prefill(*args, backend="native"))
+    )
+    check_pointer_errors(monkeypatch, op, pointers, call)
