@@ -58,6 +58,56 @@ static RmsNormBwdArgs read(Reader& in, RmsNormBwdArgs*) {
   return b;
 }
 
+static SsdScanArgs read_ssd_scan(Reader& in, bool outputs) {
+  SsdScanArgs a{};
+  a.tokens = in.integer("tokens");
+  a.sequences = in.integer("sequences");
+  a.heads = in.integer("heads");
+  a.head_dim = in.integer("head_dim");
+  a.groups = in.integer("groups");
+  a.state_dim = in.integer("state_dim");
+  a.chunk = in.integer("chunk");
+  a.workers = in.integer("workers");
+  a.dt_min = in.real("dt_min");
+  a.dt_max = in.real("dt_max");
+  a.dtype = in.dtype("dtype");
+  a.x = in.pointer("x");
+  a.x_stride = in.integer("x_stride");
+  a.dt = (const float*)in.pointer("dt");
+  a.A = (const float*)in.pointer("A");
+  a.B = in.pointer("B");
+  a.B_stride = in.integer("B_stride");
+  a.C = in.pointer("C");
+  a.C_stride = in.integer("C_stride");
+  a.D = (const float*)in.pointer("D");
+  a.dt_bias = (const float*)in.pointer("dt_bias");
+  a.cu_seqlens = (const int32_t*)in.pointer("cu_seqlens");
+  a.initial = (const float*)in.pointer("initial");
+  if (outputs) {
+    a.y = in.pointer("y");
+    a.last = (float*)in.pointer("last");
+  }
+  return a;
+}
+
+static SsdScanArgs read(Reader& in, SsdScanArgs*) { return read_ssd_scan(in, true); }
+
+static SsdScanBwdArgs read(Reader& in, SsdScanBwdArgs*) {
+  SsdScanBwdArgs b{};
+  b.forward = read_ssd_scan(in, false);
+  b.grad_y = in.pointer("grad_y");
+  b.grad_last = (const float*)in.pointer("grad_last");
+  b.grad_x = in.pointer("grad_x");
+  b.grad_dt = (float*)in.pointer("grad_dt");
+  b.grad_A = (float*)in.pointer("grad_A");
+  b.grad_B = in.pointer("grad_B");
+  b.grad_C = in.pointer("grad_C");
+  b.grad_D = (float*)in.pointer("grad_D");
+  b.grad_dt_bias = (float*)in.pointer("grad_dt_bias");
+  b.grad_initial = (float*)in.pointer("grad_initial");
+  return b;
+}
+
 static SsdUpdateArgs read(Reader& in, SsdUpdateArgs*) {
   SsdUpdateArgs a{};
   a.sequences = in.integer("sequences");
@@ -135,56 +185,6 @@ static ConvUpdateArgs read(Reader& in, ConvUpdateArgs*) {
 }
 
 #ifdef HEBATRON_MODULE_CPU
-static SsdScanArgs read_ssd_scan(Reader& in, bool outputs) {
-  SsdScanArgs a{};
-  a.tokens = in.integer("tokens");
-  a.sequences = in.integer("sequences");
-  a.heads = in.integer("heads");
-  a.head_dim = in.integer("head_dim");
-  a.groups = in.integer("groups");
-  a.state_dim = in.integer("state_dim");
-  a.chunk = in.integer("chunk");
-  a.workers = in.integer("workers");
-  a.dt_min = in.real("dt_min");
-  a.dt_max = in.real("dt_max");
-  a.dtype = in.dtype("dtype");
-  a.x = in.pointer("x");
-  a.x_stride = in.integer("x_stride");
-  a.dt = (const float*)in.pointer("dt");
-  a.A = (const float*)in.pointer("A");
-  a.B = in.pointer("B");
-  a.B_stride = in.integer("B_stride");
-  a.C = in.pointer("C");
-  a.C_stride = in.integer("C_stride");
-  a.D = (const float*)in.pointer("D");
-  a.dt_bias = (const float*)in.pointer("dt_bias");
-  a.cu_seqlens = (const int32_t*)in.pointer("cu_seqlens");
-  a.initial = (const float*)in.pointer("initial");
-  if (outputs) {
-    a.y = in.pointer("y");
-    a.last = (float*)in.pointer("last");
-  }
-  return a;
-}
-
-static SsdScanArgs read(Reader& in, SsdScanArgs*) { return read_ssd_scan(in, true); }
-
-static SsdScanBwdArgs read(Reader& in, SsdScanBwdArgs*) {
-  SsdScanBwdArgs b{};
-  b.forward = read_ssd_scan(in, false);
-  b.grad_y = in.pointer("grad_y");
-  b.grad_last = (const float*)in.pointer("grad_last");
-  b.grad_x = in.pointer("grad_x");
-  b.grad_dt = (float*)in.pointer("grad_dt");
-  b.grad_A = (float*)in.pointer("grad_A");
-  b.grad_B = in.pointer("grad_B");
-  b.grad_C = in.pointer("grad_C");
-  b.grad_D = (float*)in.pointer("grad_D");
-  b.grad_dt_bias = (float*)in.pointer("grad_dt_bias");
-  b.grad_initial = (float*)in.pointer("grad_initial");
-  return b;
-}
-
 static LinearArgs read(Reader& in, LinearArgs*) {
   LinearArgs a{};
   a.rows = in.integer("rows");

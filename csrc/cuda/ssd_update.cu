@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) update(const SsdUpdateArgs a) {
           h[r][i] = decay * h[r][i] + dt * input[r] * b[i];
           dot[r] += h[r][i] * c[i];
         }
-        store<kCount>(state + int64_t(r) * state_dim + s, h[r]);
+        store_whole(state + int64_t(r) * state_dim + s, h[r]);
       }
     }
 #pragma unroll

@@ -75,8 +75,8 @@ struct ConvUpdateArgs {
 // dt_min, dt_max). Rows of x are (heads, head_dim), of B and C (groups, state_dim).
 struct SsdScanArgs {
   int64_t tokens, sequences, heads, head_dim, groups, state_dim;
-  int64_t chunk;    // tokens of a chunk, at most 64
-  int64_t workers;  // threads at most: the workspace holds as many copies of their scratch
+  int64_t chunk;    // tokens of a chunk, at most 64; on CUDA at most 32 of fp32, and 16 chunks are a segment
+  int64_t workers;  // on the CPU, threads at most: the workspace holds as many copies of their scratch
   double dt_min, dt_max;
   DType dtype;  // of x, B, C, y
   const void* x;
@@ -89,7 +89,7 @@ struct SsdScanArgs {
   int64_t C_stride;
   const float* D;             // heads, or null
   const float* dt_bias;       // heads, or null
-  const int32_t* cu_seqlens;  // sequences + 1
+  const int32_t* cu_seqlens;  // sequences + 1; on CUDA null is one sequence
   const float* initial;       // sequences, heads, head_dim, state_dim, or null
   void* y;                    // tokens, heads, head_dim
   float* last;                // sequences, heads, head_dim, state_dim
@@ -475,6 +475,7 @@ struct DecodeStepArgs {
   X(causal_conv1d_fwd, ConvArgs)              \
   X(causal_conv1d_bwd, ConvBwdArgs)           \
   X(causal_conv1d_update, ConvUpdateArgs)     \
+  X(ssd_scan_fwd, SsdScanArgs)                \
   X(ssd_update, SsdUpdateArgs)                \
   X(grouped_gemm_fwd, GroupedGemmArgs)        \
   X(grouped_gemm_wgrad, GroupedGemmWgradArgs) \

@@ -1,4 +1,5 @@
-"""The scan in C++ (csrc/cpu/ssd_scan.cpp, ssd_scan_bwd.cpp, ssd_update.cpp): fp32 and bf16."""
+"""The scan in C++ (csrc/cpu/ssd_scan.cpp, ssd_scan_bwd.cpp, ssd_update.cpp) and in CUDA (the same in csrc/cuda): fp32
+and bf16."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _check as check
 from .. import _native
 
 LONGEST_CHUNK = 64
+MOST_STATE = 128  # of the CUDA kernels
 
 
 def supports_ssd_scan(
@@ -26,7 +29,31 @@ def supports_ssd_scan(
     initial_state: Tensor | None,
     chunk_size: int,
 ) -> str | None:
-    return _native.refusal(x_THP, dt_TH, A_H, B_TGS, C_TGS, D_H, dt_bias_H, initial_state)
+    floats = (x_THP, dt_TH, A_H, B_TGS, C_TGS, D_H, dt_bias_H, initial_state)
+    reason = _native.refusal(*floats, cuda=True)
+    if reason is not None or not _native.on_cuda(x_THP):
+        return reason
+    head_dim, state_dim = x_THP.shape[2], B_TGS.shape[2]
+    if head_dim % 8:
+        return f"the CUDA kernels need the head dim to be a multiple of 8, got {head_dim}"
+    if state_dim % 8 or state_dim > MOST_STATE:
+        return f"the CUDA kernels need the state to be a multiple of 8 up to {MOST_STATE}, got {state_dim}"
+    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats):
+        return "no CUDA kernel is written for its backward"
+    return _native.unaligned(x_THP=_rows(x_THP), B_TGS=_rows(B_TGS), C_TGS=_rows(C_TGS))
+
+
+def kernels_ssd_scan(*args: object) -> list[str]:
+    return ["ssd_scan"]
+
+
+def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """In its dtype, or this one, where it is."""
+    return (
+        like.new_empty(shape, dtype=dtype or like.dtype)
+        if like.is_cuda
+        else _native.empty(shape, dtype or like.dtype)
+    )
 
 
 def ssd_scan(
@@ -45,8 +72,9 @@ def ssd_scan(
     inputs = _scan_inputs(
         x_THP, dt_TH, A_H, B_TGS, C_TGS, D_H, dt_bias_H, dt_limit, cu_seqlens, initial_state, chunk_size
     )
-    y_THP = _native.empty(x_THP.shape, x_THP.dtype)
-    last_QHPS = torch.empty(inputs["sequences"], *x_THP.shape[1:], B_TGS.shape[2], dtype=torch.float32)
+    y_THP = _empty(x_THP, *x_THP.shape)
+    shape = (inputs["sequences"], *x_THP.shape[1:], B_TGS.shape[2])
+    last_QHPS = torch.empty(shape, dtype=torch.float32, device=x_THP.device)
     _native.call("ssd_scan_fwd", **inputs, y=y_THP, last=last_QHPS)
     return y_THP, last_QHPS
 
@@ -107,11 +135,11 @@ def _scan_inputs(
     dt, A, D, dt_bias, initial = (
         None if v is None else v.float().contiguous() for v in (dt_TH, A_H, D_H, dt_bias_H, initial_state)
     )
-    if cu_seqlens is None:
+    if cu_seqlens is None and not _native.on_cuda(x_THP):  # there null is one sequence, and takes no launch
         cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32)
     return {
         "tokens": tokens,
-        "sequences": cu_seqlens.numel() - 1,
+        "sequences": check.sequences(cu_seqlens),
         "heads": heads,
         "head_dim": head_dim,
         "groups": groups,
@@ -131,7 +159,7 @@ def _scan_inputs(
         "C_stride": C.stride(0),
         "D": D,
         "dt_bias": dt_bias,
-        "cu_seqlens": cu_seqlens.contiguous(),
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
         "initial": initial,
     }
 
