@@ -177,7 +177,7 @@ def tests(run: Run) -> str:
     """One pytest process a kernel, side by side; each leaves a line of JSON for every test it began and ended."""
     grouped, layer = "tests/gpu/test_gpu_grouped_gemm.py", "tests/gpu/test_gpu_moe.py"
     gradients = "tests/gpu/test_gpu_grouped_gemm_gradients.py"
-    jobs = [(kernel, f"tests/gpu/test_gpu_{kernel}.py", "") for kernel in ("norm", "conv")]
+    jobs = [(kernel, f"tests/gpu/test_gpu_{kernel}.py", "") for kernel in ("norm", "conv", "loss")]
     jobs += [(kernel, grouped, name) for name, (kernel, _) in GROUPED_GEMM.items()]
     for way, table in (("way_back", GROUPED_GEMM_DGRAD), ("wgrad", GROUPED_GEMM_WGRAD)):
         jobs += [(kernel, gradients, f"{name} and {way}") for name, (kernel, _) in table.items()]

@@ -121,8 +121,9 @@ class Emulator:
         return pointer
 
     def put(self, values: NDArray[Any]) -> int:
+        values = np.ascontiguousarray(values)  # named: its address alone would not keep a copy
         pointer = self.empty(values.nbytes)
-        ctypes.memmove(pointer, np.ascontiguousarray(values).ctypes.data, values.nbytes)
+        ctypes.memmove(pointer, values.ctypes.data, values.nbytes)
         return pointer
 
     def get(self, pointer: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from gpu_sanitize_conv import conv_cases
+from gpu_sanitize_loss import loss_cases
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
@@ -216,6 +217,7 @@ def layer_cases(run: Any, random: np.random.Generator) -> Iterator[str]:
 # each kernel's cases, and the dtypes they run in
 CASES: dict[str, tuple[Callable[[Any, np.random.Generator], Iterator[str]], tuple[str, ...]]] = {
     "conv": (conv_cases, ("bfloat16", "float32")),
+    "loss": (loss_cases, ("bfloat16", "float32")),
     "moe_route": (route_cases, ("float32",)),
     "moe_permute": (permute_cases, ("bfloat16", "float32")),
     "moe_combine": (combine_cases, ("bfloat16", "float32")),

@@ -50,7 +50,7 @@ target_include_directories(_cuda PRIVATE csrc ${CMAKE_BINARY_DIR}/include)
 target_compile_definitions(_cuda PRIVATE HEBATRON_MODULE=_cuda)
 set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUAGE CUDA)
 hebatron_cuda_kernels(cuda_portable "${portable_archs}" csrc/cuda/attention.cu csrc/cuda/attention_bwd.cu
-  csrc/cuda/attention_decode.cu csrc/cuda/conv.cu csrc/cuda/device.cu csrc/cuda/grouped_gemm.cu csrc/cuda/grouped_gemm_sm80.cu
+  csrc/cuda/attention_decode.cu csrc/cuda/conv.cu csrc/cuda/device.cu csrc/cuda/grouped_gemm.cu csrc/cuda/grouped_gemm_sm80.cu csrc/cuda/loss.cu
   csrc/cuda/grouped_gemm_tiles.cu csrc/cuda/grouped_gemm_wgrad_sm80.cu csrc/cuda/moe.cu csrc/cuda/moe_combine.cu
   csrc/cuda/moe_decode.cu csrc/cuda/moe_permute.cu csrc/cuda/moe_route.cu csrc/cuda/norm.cu csrc/cuda/ssd_scan.cu csrc/cuda/ssd_update.cu)
 hebatron_cuda_kernels(cuda_sm90 90a-real csrc/cuda/grouped_gemm_sm90.cu csrc/cuda/grouped_gemm_dgrad_sm90.cu

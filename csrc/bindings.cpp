@@ -251,6 +251,36 @@ static LossBwdArgs read(Reader& in, LossBwdArgs*) {
 }
 
 #include "bindings_steps.h"
+#else
+static CrossEntropyArgs read(Reader& in, CrossEntropyArgs*) {
+  CrossEntropyArgs a{};
+  a.rows = in.integer("rows");
+  a.entries = in.integer("entries");
+  a.ignore_index = in.integer("ignore_index");
+  a.logits = (const float*)in.pointer("logits");
+  a.logits_stride = in.integer("logits_stride");
+  a.targets = (const int64_t*)in.pointer("targets");
+  a.targets_stride = in.integer("targets_stride");
+  a.losses = (float*)in.pointer("losses");
+  a.lse = (float*)in.pointer("lse");
+  return a;
+}
+
+static CrossEntropyBwdArgs read(Reader& in, CrossEntropyBwdArgs*) {
+  CrossEntropyBwdArgs a{};
+  a.rows = in.integer("rows");
+  a.entries = in.integer("entries");
+  a.first = in.integer("first");
+  a.ignore_index = in.integer("ignore_index");
+  a.dtype = in.dtype("dtype");
+  a.logits = (float*)in.pointer("logits");
+  a.logits_stride = in.integer("logits_stride");
+  a.targets = (const int64_t*)in.pointer("targets");
+  a.targets_stride = in.integer("targets_stride");
+  a.lse = (const float*)in.pointer("lse");
+  a.upstream = (const float*)in.pointer("upstream");
+  return a;
+}
 #endif
 
 template <class Args>

@@ -7,7 +7,7 @@ arguments, and may have two more:
 An operator made with `fake_keep` may have, in place of <op>_bwd, a forward that keeps tensors for its backward:
   <op>_keep(*args) -> (*results, *kept)      called only when a gradient is needed
   <op>_keep_bwd(grads, kept, wanted, *args) -> list as above; an empty tensor where wanted[i] is False
-A native one with CUDA has one more, kernels_<op>(*args): the files of csrc/cuda that may run; a triton one has
+A native one with CUDA kernels has one more, kernels_<op>(*args): the files of csrc/cuda that may run; a triton one has
 unproven_<op>(*args) -> None | reason: why it is not chosen unasked. Both ask the evidence table.
 `torch` is a differentiable composite and is called as it is, so autograd and Inductor see through it. The others go
 through the private op hebatron::_<op>, whose backward hebatron::_<op>_bwd calls <op>_bwd or, where that is missing,
@@ -204,8 +204,11 @@ class Operator:
         if reason is None and backend == "triton":
             reason = self._form(backend, f"unproven_{self.name}")(*args)
         elif reason is None and backend == "native" and args[0].is_cuda:
-            reason = _native.unproven(
-                self._form(backend, f"kernels_{self.name}")(*args), args[0].get_device()
+            kernels = self._form(backend, f"kernels_{self.name}")
+            reason = (
+                "torch's own products, only by name"
+                if kernels is None
+                else _native.unproven(kernels(*args), args[0].get_device())
             )
         return reason
 
@@ -230,7 +233,7 @@ class Operator:
         if wants_grad and not self.differentiable:
             raise ValueError(f"{self.name}: arguments must not require a gradient (it has no derivative)")
         if choice == "torch":
-            return _without_autocast(self.forwards["torch"], args)
+            return without_autocast(self.forwards["torch"], args)
         if not wants_grad:
             return self.private(*args, choice)
         keeps = self._form(choice, f"{self.name}_keep") is not None
@@ -250,7 +253,7 @@ def _autograd_dispatch() -> Iterator[None]:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
 
 
-def _without_autocast(forward: Callable[..., Any], args: Sequence[Any]) -> Any:
+def without_autocast(forward: Callable[..., Any], args: Sequence[Any]) -> Any:
     """An operator keeps the precision it documents: autocast would run its fp32 sums in bf16."""
     device = next(a.device.type for a in args if isinstance(a, Tensor))
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

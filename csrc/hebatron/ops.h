@@ -205,6 +205,31 @@ struct LossBwdArgs {
   void* grad_weight;      // entries, width
 };
 
+// Rows of logits: losses[r] = logsumexp(z_r) - z_r[targets[r]], both 0 where the target is ignore_index. On CUDA, where the
+// products around it are torch's.
+struct CrossEntropyArgs {
+  int64_t rows, entries, ignore_index;
+  const float* logits;
+  int64_t logits_stride;
+  const int64_t* targets;
+  int64_t targets_stride;
+  float* losses;  // rows
+  float* lse;     // rows
+};
+
+// In the place of columns of z, which are the entries [first, first + entries) of the vocabulary, their gradient
+// upstream[r] (exp(z - lse[r]) - (the entry is targets[r])), 0 where ignored. A bf16 one lies in the first half of its row.
+struct CrossEntropyBwdArgs {
+  int64_t rows, entries, first, ignore_index;
+  DType dtype;  // of the gradient
+  float* logits;
+  int64_t logits_stride;  // in fp32 elements
+  const int64_t* targets;
+  int64_t targets_stride;
+  const float* lse;       // rows
+  const float* upstream;  // rows
+};
+
 enum class GroupedGemm : int { automatic = 0, sm80 = 1, sm90a = 2, cutlass = 3 };
 
 // out[r] = act(a[row(r)] b[e]) * scale[r] for the rows r of expert e, offsets[e-1] <= r < offsets[e]; row(r) = rows_of_a[r],
@@ -477,6 +502,8 @@ struct DecodeStepArgs {
   X(causal_conv1d_update, ConvUpdateArgs)     \
   X(ssd_scan_fwd, SsdScanArgs)                \
   X(ssd_update, SsdUpdateArgs)                \
+  X(cross_entropy_fwd, CrossEntropyArgs)      \
+  X(cross_entropy_bwd, CrossEntropyBwdArgs)   \
   X(grouped_gemm_fwd, GroupedGemmArgs)        \
   X(grouped_gemm_wgrad, GroupedGemmWgradArgs) \
   X(moe_route_fwd, MoeRouteArgs)              \

@@ -16,7 +16,7 @@ _linear = Operator(
     "linear",
     "Tensor x, Tensor weight",
     "Tensor",
-    {"native": native, "torch": torch_ops, "reference": reference},
+    {"native": native, "emulator": native, "torch": torch_ops, "reference": reference},
     lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]),
     fake_keep=lambda *_: (),
 )
@@ -50,8 +50,9 @@ def linear(x_TD: Tensor, weight_MD: Tensor, *, backend: str | None = None) -> Te
         of x; torch rounds it to the dtype of x.
 
     Backends:
-        native: C++, fp32 and bf16 on the CPU; a token's result does not depend on the tokens beside it. torch:
-        F.linear with the weight cast.
+        native: C++, fp32 and bf16 on the CPU; a token's result does not depend on the tokens beside it. On CUDA
+        cuBLASLt through torch, only by name. emulator: as native on CUDA, on CPU tensors. torch: F.linear with the
+        weight cast.
 
     Source:
         the projections of every transformer; csrc/cpu/linear.cpp for the order of the sums.

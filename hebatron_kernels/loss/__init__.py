@@ -29,7 +29,7 @@ _linear_cross_entropy = Operator(
     "linear_cross_entropy",
     "Tensor x, Tensor weight, Tensor targets, int ignore_index, str reduction",
     "Tensor",
-    {"native": native, "torch": torch_ops, "reference": reference},
+    {"native": native, "emulator": native, "torch": torch_ops, "reference": reference},
     _fake,
     fake_keep=_fake_keep,
 )
@@ -67,9 +67,11 @@ def linear_cross_entropy(
         rows hold.
 
     Backends:
-        native: C++, fp32 and bf16, 512 entries at a time; logits, softmax and sums in fp32, the gradient of the logits
-        rounded to the dtype. The logits are made again in the backward, so nothing but one number per token is kept. A
-        token's loss does not depend on the others.
+        native: fp32 and bf16; logits, softmax and sums in fp32, the gradient of the logits rounded to the dtype. The
+        logits are made again in the backward, so nothing but one number per token is kept. C++ on the CPU, 512 entries
+        at a time; a token's loss does not depend on the others there. On CUDA torch's products around a kernel, 2^27
+        logits at a time; a target out of range makes its token's loss NaN. emulator: that kernel on CPU tensors, for
+        tests.
         torch: chunks of tokens (256 at a vocabulary of 4,096 or more), every dtype and device. Logits and softmax are
         fp32 whatever the dtype; a half-precision gradient is rounded once per chunk and summed in fp32.
         reference: fp64, all logits.

@@ -43,7 +43,7 @@ def test_dry_run_goes_through_every_step_that_needs_no_compiler(tmp_path):
         "timings",
     ]
     kernels = {check["kernel"] for check in found["checks"]}
-    assert kernels >= {"norm", "conv", "grouped_gemm_sm80", "grouped_gemm_sm90", "moe"}
+    assert kernels >= {"norm", "conv", "loss", "grouped_gemm_sm80", "grouped_gemm_sm90", "moe"}
     assert kernels >= {"grouped_gemm_dgrad_sm90", "grouped_gemm_wgrad_sm80", "grouped_gemm_wgrad_sm90"}
     assert kernels >= {path.stem for path in (ROOT / "tests" / "gpu").glob("test_gpu_[gmn]*.py")}
     assert len(found["timings"]) > 20 and not found["kernels"]

@@ -8,7 +8,8 @@ import torch
 import hebatron_kernels as hk
 from hebatron_kernels import testing
 
-DTYPES = [torch.float32, torch.bfloat16]
+FP32, BF16 = torch.float32, torch.bfloat16
+DTYPES = [FP32, BF16]
 # tokens, inputs, outputs: both edges of a strip of 6 rows and a panel of 32 or 64 columns, an odd inner width, several
 # chains of 512 steps, several blocks of 384 rows, one of each, none
 SIZES = [
@@ -166,3 +167,26 @@ def test_linear_packed_refuses():
             hk.linear_packed(*args)
     with pytest.raises(ValueError, match="linear_pack: weight_MD must have shape"):
         hk.linear_pack(torch.zeros(4))
+
+
+# ---- the products of CUDA, which are torch's ----
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, BF16), (BF16, FP32)])
+def test_linear_emulated_matches_oracle_and_keeps_the_gradient_of_fp32_weights(emulator, dtypes):
+    args = [torch.randn(33, 20).to(dtypes[0]), torch.randn(7, 20).to(dtypes[1])]
+    testing.check_oracle(hk.linear, args, None, "emulator")
+    got = testing.run(hk.linear, args, backend="emulator")
+    assert got["out0"].dtype == dtypes[0] and got["grad1"].dtype == dtypes[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        again = testing.run(hk.linear, args, backend="emulator")
+    assert all(torch.equal(again[name], got[name]) for name in got)
+
+
+def test_linear_on_cuda_is_named_and_never_chosen(monkeypatch):
+    class OnCuda:  # what the choice asks of a tensor, where there is no GPU
+        is_cuda = True
+
+    operator = hk.OPERATORS["linear"]
+    monkeypatch.setattr(operator, "refusal", lambda backend, args: None)
+    assert operator.passed_over("native", [OnCuda()]) == "torch's own products, only by name"

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from loss_cases import REDUCTIONS, make
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -8,16 +9,6 @@ from hebatron_kernels import _native, testing
 from hebatron_kernels.loss import torch_ops
 
 BACKENDS = ["torch", "reference"]
-REDUCTIONS = ["mean", "sum", "none"]
-
-
-def make(tokens, width, entries, dtype=torch.float64, ignored=0.3, ignore_index=-100):
-    x = torch.randn(tokens, width, dtype=dtype)
-    weight = torch.randn(entries, width, dtype=dtype) * 0.5
-    targets = torch.randint(entries, (tokens,))
-    targets[torch.rand(tokens) < ignored] = ignore_index
-    targets[:1] = 0  # a mean needs one
-    return [x, weight, targets]
 
 
 def textbook(x, weight, targets, ignore_index=-100, reduction="mean"):

@@ -72,7 +72,7 @@ BUGS = {
         "if (t + j < stop) load<kCount>(static_cast<const T*>(a.x)",
         "load<kCount>(static_cast<const T*>(a.x)",
         sequences,
-        "emulator: .*x",
+        "past the end of x",
     ),
     "a short document's own past passed over": ("if (row >= tokens)", "if (row > tokens)", sequences, ""),
     "a state that keeps its oldest input": ("x[at % kPast + 1]", "x[at % kPast]", one_token, ""),
