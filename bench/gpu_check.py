@@ -40,9 +40,10 @@ SECONDS = {"build": 150, "conformance": 70, "tests": 150, "sanitizer": 90, "timi
 MOE_TESTS = {"moe_route": "route", "moe_permute": "permute", "moe_combine": "combine", "moe": "mlp"}
 # The same in tests/gpu/test_gpu_attention.py.
 ATTENTION_TESTS = {
-    "attention": "prefill and not gradients",
+    "attention": "prefill and not gradients and not hopper",
     "attention_bwd": "gradients",
     "attention_decode": "decode",
+    "attention_sm90": "prefill and hopper and not gradients",
 }
 # hebatron_kernels._triton.kernel("moe"); not imported: the first step builds the package
 TRITON = "moe/triton"

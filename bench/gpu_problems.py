@@ -458,7 +458,9 @@ def attention(device: torch.device, tokens: int, backward: bool) -> Problem:
     )  # o, grad_o, grad_q and q again; k, v and theirs
     bytes_moved = 2.0 * (2 * q.numel() + k.numel() + v.numel() + tensors)
     flops = (3.5 if backward else 1) * 2.0 * 32 * tokens**2 * 128
-    kernel, case = ("attention_bwd", " forward and backward") if backward else ("attention", "")
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    forward = "attention_sm90" if hopper else "attention"
+    kernel, case = ("attention_bwd", " forward and backward") if backward else (forward, "")
     return Problem(kernel, f"causal {tokens}{case}", bytes_moved, flops, rivals, "torch form")
 
 

@@ -77,11 +77,13 @@ def decode_cases(run: Any, random: np.random.Generator) -> Iterator[str]:
         yield f"{sequences} sequences, {heads} heads over {kv_heads} of {head_dim}"
 
 
-def prefill_cases(run: Any, random: np.random.Generator, backward: bool) -> Iterator[str]:
+def prefill_cases(
+    run: Any, random: np.random.Generator, backward: bool, head_dims: tuple[int, int] = (8, 72)
+) -> Iterator[str]:
     """Sequences past a tile, without keys, without queries, a chunk behind its keys; a window; an odd head dim."""
     for lengths_q, lengths_k, heads, kv_heads, head_dim, window in (
-        ((5, 0, 70), (5, 3, 70), 4, 2, 8, 1000),
-        ((3, 40, 2), (0, 150, 2), 2, 1, 72, 60),
+        ((5, 0, 70), (5, 3, 70), 4, 2, head_dims[0], 1000),
+        ((3, 40, 2), (0, 150, 2), 2, 1, head_dims[1], 60),
     ):
         ends_q, ends_k = (np.cumsum([0, *lengths]).astype(np.int32) for lengths in (lengths_q, lengths_k))
         tokens_q, tokens_k, scale = int(ends_q[-1]), int(ends_k[-1]), head_dim**-0.5
@@ -167,5 +169,6 @@ def _head(
 CASES: dict[str, tuple[Callable[[Any, np.random.Generator], Iterator[str]], tuple[str, ...]]] = {
     "attention": (partial(prefill_cases, backward=False), ("bfloat16", "float32")),
     "attention_bwd": (partial(prefill_cases, backward=True), ("bfloat16", "float32")),
+    "attention_sm90": (partial(prefill_cases, backward=False, head_dims=(128, 128)), ("bfloat16",)),
     "attention_decode": (decode_cases, ("bfloat16",)),
 }

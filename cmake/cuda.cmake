@@ -53,7 +53,7 @@ hebatron_cuda_kernels(cuda_portable "${portable_archs}" csrc/cuda/attention.cu c
   csrc/cuda/attention_decode.cu csrc/cuda/conv.cu csrc/cuda/device.cu csrc/cuda/grouped_gemm.cu csrc/cuda/grouped_gemm_sm80.cu csrc/cuda/loss.cu
   csrc/cuda/grouped_gemm_tiles.cu csrc/cuda/grouped_gemm_wgrad_sm80.cu csrc/cuda/moe.cu csrc/cuda/moe_combine.cu
   csrc/cuda/moe_decode.cu csrc/cuda/moe_permute.cu csrc/cuda/moe_route.cu csrc/cuda/norm.cu csrc/cuda/ssd_scan.cu csrc/cuda/ssd_update.cu)
-hebatron_cuda_kernels(cuda_sm90 90a-real csrc/cuda/grouped_gemm_sm90.cu csrc/cuda/grouped_gemm_dgrad_sm90.cu
+hebatron_cuda_kernels(cuda_sm90 90a-real csrc/cuda/attention_sm90.cu csrc/cuda/grouped_gemm_sm90.cu csrc/cuda/grouped_gemm_dgrad_sm90.cu
   csrc/cuda/grouped_gemm_wgrad_sm90.cu)
 include(cmake/cutlass.cmake)
 target_include_directories(cuda_portable PRIVATE ${CMAKE_BINARY_DIR}/generated)

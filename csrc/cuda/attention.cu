@@ -2,7 +2,8 @@
 // Grid      a block of 4 warps per 128 queries (64 for head dims above 128) of a query head, of all sequences together: the
 //           host knows no lengths, blocks past the last tile end at once. Keys and values by 32 (64 for head dims to 64) in two
 //           stages: 48, 64 or 96 KB with the queries for head dims to 64, 128 and 256, so that every chip's shared memory holds
-//           them; 224, 253 and 247 registers, no spill (nvcc 13.0, sm_80 and sm_90a). fp32: a warp per query and head.
+//           them; 224, 253 and 247 registers, no spill (nvcc 13.0, sm_80 and sm_90a). fp32: a warp per query and head. On Hopper
+//           head dim 128 goes to attention_sm90.cu.
 // Traffic   q, o and lse once; k and v once from DRAM, from L2 once per tile and head: 128 rows a byte.
 // Roofline  tensor: 4 * pairs * head_dim operations. 65,536 tokens, 32 heads of 128, causal: 35.2 TFLOP, H100 44 ms at the 800
 //           TFLOP/s of wgmma, of which mma.sync is reported to reach 0.63 and FlashAttention-2, built alike, 335; A100 113 ms.
@@ -16,6 +17,7 @@
 //           clock, all that shared memory gives. Two stages of 32 keys, not one of 64: one barrier for as many keys, and the
 //           addresses of fragments are made anew at every step; kept over the loop they spill.
 #include "cuda/attention.cuh"
+#include "cuda/attention_sm90.h"
 
 namespace hebatron::cuda {
 namespace {
@@ -246,6 +248,7 @@ void attention_prefill_fwd(const AttentionArgs& a, const Exec& exec) {
     check(blocks < int64_t(1) << 31, kOp, "tokens_q * heads must be fewer than 2^33", a.tokens_q * a.heads);
     return launch(kOp, forward_fp32, LaunchShape{dim3(unsigned(blocks)), dim3(128)}, exec, a);
   }
+  if (attention_sm90_takes(a, exec)) return attention_sm90(a, exec);
   if (a.head_dim > 128) return run<256>(a, exec);
   if (a.head_dim > 64) return run<128>(a, exec);
   return run<64>(a, exec);

@@ -12,6 +12,7 @@ from .. import _native
 
 PER_16_BYTES = 8  # bf16: what the CUDA kernels move at a time
 MOST_HEAD_DIM, MOST_HEAD_DIM_WITH_GRADIENTS = 256, 128
+HOPPER_HEAD_DIM = 128  # of csrc/cuda/attention_sm90.cu
 MOST_BLOCKS = 65535  # of a grid along y and z
 
 
@@ -43,8 +44,15 @@ def supports_attention_prefill(
     return _cuda_refusal(q_THP=q_THP, k_SHkP=k_SHkP, v_SHkP=v_SHkP)
 
 
-def kernels_attention_prefill(*args: object) -> list[str]:
-    return ["attention", "attention_bwd"]
+def kernels_attention_prefill(q_THP: Tensor, *others: object) -> list[str]:
+    """On Hopper the layout of k and v may leave the sm_90a kernel out."""
+    portable = ["attention", "attention_bwd"]
+    hopper = q_THP.shape[2] == HOPPER_HEAD_DIM and q_THP.dtype == torch.bfloat16
+    return (
+        ["attention_sm90", *portable]
+        if hopper and _native.arch_of(q_THP.get_device()) == "sm_90"
+        else portable
+    )
 
 
 def attention_prefill(

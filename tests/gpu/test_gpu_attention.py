@@ -136,16 +136,29 @@ def test_attention_decode_refuses_pointers_it_cannot_follow(gpu, monkeypatch, pr
 # ---- attention_prefill ----
 
 # queries, keys, heads, kv heads, head dim, window: the smallest; the model's heads past a tile, a chunk behind its
-# keys; 5 heads a kv head; sequences of no queries, no keys, one token; windows
+# keys; 5 heads a kv head; sequences of no queries, no keys, one token; windows. Head dim 128 is served by the kernel of
+# its own that Hopper has, others by the portable one
 PREFILLS = {
     "smallest": ([1], [1], 1, 1, 8, None),
-    "model": ([300, 40], [300, 333], 32, 2, 128, None),
-    "ratios": ([90], [90], 10, 2, 64, 50),
+    "hopper, smallest": ([1], [1], 1, 1, 128, None),
+    "hopper": ([300, 40], [300, 333], 32, 2, 128, None),
+    "hopper, ragged": ([0, 5, 130, 3, 1], [4, 0, 400, 3, 1], 4, 2, 128, 200),
+    "ratios": ([90, 70], [90, 95], 10, 2, 64, 50),
     "ragged": ([0, 5, 130, 3, 1], [4, 0, 200, 3, 1], 4, 2, 72, 100),
 }
 
 
-def prefill_args(lengths_q, lengths_k, heads, kv_heads, head_dim, window):
+FORMS = ["ratios", "hopper"]
+
+
+def prefill_args(name):
+    lengths_q, lengths_k, heads, kv_heads, head_dim, window = PREFILLS[name]
+    if (
+        name.startswith("hopper")
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() != (9, 0)
+    ):
+        pytest.skip("needs compute capability 9.0")
     args = packed(lengths_q, lengths_k, torch.float32, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     return [*args, True, None, window]
 
@@ -167,12 +180,12 @@ def both_ways(args):
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("name", PREFILLS)
 def test_attention_prefill_matches_oracle(place, name, dtype):
-    testing.check_oracle(prefilled(place), prefill_args(*PREFILLS[name]), dtype, "native", grad=False)
+    testing.check_oracle(prefilled(place), prefill_args(name), dtype, "native", grad=False)
 
 
 @pytest.mark.parametrize("head_dim", [136, 256])
 def test_attention_prefill_matches_oracle_at_wide_heads(place, head_dim):
-    args = prefill_args([150], [150], 2, 1, head_dim, None)
+    args = [*packed([150], None, torch.float32, heads=2, kv_heads=1, head_dim=head_dim), True, None, None]
     testing.check_oracle(prefilled(place), args, BF16, "native", grad=False)
 
 
@@ -181,23 +194,25 @@ def test_attention_prefill_matches_oracle_at_wide_heads(place, head_dim):
 def test_attention_prefill_gradients_match_oracle(place, name, dtype):
     # of one key the gradients to q and k are a difference of equals, all rounding
     testing.check_oracle(
-        prefilled(place), prefill_args(*PREFILLS[name]), dtype, "native", grad=name != "smallest"
+        prefilled(place), prefill_args(name), dtype, "native", grad=not name.endswith("smallest")
     )
 
 
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("with_gradients", [False, True], ids=["result", "gradients"])
-def test_attention_prefill_gives_the_same_bits_every_time(gpu, with_gradients):
-    args = moved(prefill_args(*PREFILLS["model"]))
+def test_attention_prefill_gives_the_same_bits_every_time(gpu, name, with_gradients):
+    args = moved(prefill_args(name))
     call = both_ways if with_gradients else lambda a: hk.attention_prefill(*a, backend="native")
     want = call(args)
     for _ in range(5):
         assert_same_bits(call(args), want)
 
 
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("with_gradients", [False, True], ids=["result", "gradients"])
-def test_attention_prefill_streams_graphs_and_waiting(gpu, with_gradients, proves):
+def test_attention_prefill_runs_on_the_current_stream_and_never_waits(gpu, name, with_gradients, proves):
     proves("streams")
-    args = moved(prefill_args(*PREFILLS["model"]))
+    args = moved(prefill_args(name))
     call = both_ways if with_gradients else lambda a: hk.attention_prefill(*a, backend="native")
     check_stream(lambda: call(args), args[0])
     check_never_waits(lambda: call(args))
@@ -206,17 +221,19 @@ def test_attention_prefill_streams_graphs_and_waiting(gpu, with_gradients, prove
     )  # the ends are made on the GPU
 
 
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("with_gradients", [False, True], ids=["result", "gradients"])
-def test_attention_prefill_replays_from_a_graph_with_other_lengths(gpu, with_gradients, proves):
+def test_attention_prefill_replays_from_a_graph_with_other_lengths(gpu, name, with_gradients, proves):
     """The lengths live on the device: a graph must follow them."""
     proves("graphs")
-    args = moved(prefill_args(*PREFILLS["model"]))
+    args = moved(prefill_args(name))
     call = both_ways if with_gradients else lambda a: hk.attention_prefill(*a, backend="native")
     check_graph(lambda: call(args), args[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call(args)
-    for first_q, first_k in ((10, 500), (0, 633), (340, 7)):
+    ends = [int(cu[-1]) for cu in args[3:5]]
+    for first_q, first_k in ((10, ends[1] - 9), (0, ends[1]), (ends[0], 7)):
         args[3][1], args[4][1] = first_q, first_k
         graph.replay()
         got = [t.clone() for t in (captured if with_gradients else [captured])]
@@ -235,10 +252,11 @@ def test_attention_prefill_takes_rows_past_2_to_the_31_elements(gpu):
     assert_same_bits(got[-300:], hk.attention_prefill(*last, window=64, backend="native"))
 
 
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("with_gradients", [False, True], ids=["result", "gradients"])
-def test_attention_prefill_refuses_pointers_it_cannot_follow(gpu, monkeypatch, with_gradients, proves):
+def test_attention_prefill_refuses_pointers_it_cannot_follow(gpu, monkeypatch, name, with_gradients, proves):
     proves("errors")
-    args = moved(prefill_args(*PREFILLS["ratios"]))
+    args = moved(prefill_args(name))
     pointers, op = ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "o", "lse"], "attention_prefill_fwd"
     if with_gradients:
         op, pointers = "attention_prefill_bwd", [*pointers, "grad_o", "grad_q", "grad_k", "grad_v"]
