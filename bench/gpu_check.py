@@ -188,7 +188,7 @@ def tests(run: Run) -> str:
     ]
     jobs.append((TRITON, "tests/gpu/test_gpu_triton.py", ""))
     jobs = [job for job in jobs if (run.dry and job[0] != TRITON) or job[0] in run.facts["kernels"]]
-    jobs.append(("grouped_gemm", grouped, "automatic"))
+    jobs += [("grouped_gemm", grouped, "automatic"), ("model", "tests/gpu/test_gpu_model.py", "")]
     if run.dry:  # a hang has no name there, and a process costs more than its tests
         jobs = [(Path(file).stem, file, "") for file in dict.fromkeys(file for _, file, _ in jobs)]
     with ThreadPoolExecutor(4) as pool:

@@ -14,8 +14,10 @@ import torch
 from hebatron_kernels import _native, testing
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"  # gemm_cases
-sys.path[:0] = [str(BENCH), str(BENCH / "conformance"), str(KERNELS)]
+KERNELS, MODEL = (
+    Path(__file__).resolve().parents[1] / name for name in ("kernels", "model")
+)  # gemm_cases, model_cases
+sys.path[:0] = [str(BENCH), str(BENCH / "conformance"), str(KERNELS), str(MODEL)]
 from gpu_cases import Place  # noqa: E402  (bench first: it is on no path of its own)
 
 record = None
