@@ -45,6 +45,7 @@ ATTENTION_TESTS = {
     "attention_decode": "decode",
     "attention_sm90": "prefill and hopper and not gradients",
 }
+SSD_TESTS = {"ssd_scan": "scan", "ssd_update": "update"}  # and in tests/gpu/test_gpu_ssd.py
 # hebatron_kernels._triton.kernel("moe"); not imported: the first step builds the package
 TRITON = "moe/triton"
 Check = dict[str, Any]
@@ -186,6 +187,7 @@ def tests(run: Run) -> str:
     jobs += [
         (kernel, "tests/gpu/test_gpu_attention.py", select) for kernel, select in ATTENTION_TESTS.items()
     ]
+    jobs += [(kernel, "tests/gpu/test_gpu_ssd.py", select) for kernel, select in SSD_TESTS.items()]
     jobs.append((TRITON, "tests/gpu/test_gpu_triton.py", ""))
     jobs = [job for job in jobs if (run.dry and job[0] != TRITON) or job[0] in run.facts["kernels"]]
     jobs += [("grouped_gemm", grouped, "automatic"), ("model", "tests/gpu/test_gpu_model.py", "")]

@@ -26,6 +26,7 @@ from gpu_device import Call, Ceilings, Clocks, Device, as_row, machine
 from gpu_problems import TINY, Problem, Sizes, problems
 from gpu_problems_conv import convolutions
 from gpu_problems_loss import losses
+from gpu_problems_ssd import scans
 from torch import Tensor
 
 from hebatron_kernels import _native, _triton
@@ -196,7 +197,7 @@ def main() -> int:
     with Clocks(device.cuda) as clocks:
         ceilings = device.ceilings(sizes.copy_bytes, sizes.matmul_size, repeats)
         print(f"ceilings: {asdict(ceilings)}")
-        tables = (problems, convolutions, losses)
+        tables = (problems, convolutions, losses, scans)
         for name, make in chain.from_iterable(table(sizes, device.device) for table in tables):
             if time.monotonic() > deadline or not device.alive():
                 skipped.append(name)

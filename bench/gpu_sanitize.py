@@ -31,11 +31,12 @@ import numpy as np
 from gpu_sanitize_attention import CASES as ATTENTION
 from gpu_sanitize_gemm import FORMS, grouped_cases
 from gpu_sanitize_moe import CASES as MOE
+from gpu_sanitize_ssd import CASES as SSD
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITON = "moe/triton"
-CASES = MOE | ATTENTION
+CASES = MOE | ATTENTION | SSD
 KERNELS = ("norm", *FORMS, *CASES, TRITON)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERROR_EXIT = 86

@@ -103,7 +103,7 @@ def recorded_call(monkeypatch: pytest.MonkeyPatch, name: str, call: Callable[[],
     class Recorder:
         def __getattr__(self, attribute: str) -> Any:
             function = getattr(module, attribute)
-            if attribute != name:
+            if attribute.removesuffix("_or_size") != name:
                 return function
             return lambda **keywords: (seen.update(keywords), function(**keywords))[1]
 
