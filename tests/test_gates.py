@@ -399,6 +399,15 @@ def test_triton_gate_asks_each_architecture_for_its_tensor_cores():
     assert triton_gates.products(triton_job("fp32", 64, 100)) == "FFMA"
 
 
+def test_triton_gate_lets_the_backward_of_the_scan_have_a_little_stack():
+    tile = (("BLOCK_T", 64), ("BLOCK_P", 64), ("BLOCK_S", 64))
+    job = triton_gates.Job("gradients_of_heads", "back", "bf16", tile, 8, 1, 80, "ssd")
+    spills = ("HMMA.16816.F32.BF16", "STL.64")
+    assert triton_gates.check(job, triton_built(spills, stack=768)) == []
+    [failure] = triton_gates.check(job, triton_built(spills, stack=776))
+    assert "spills, 776 B of stack" in failure
+
+
 def test_triton_gate_reads_what_a_kernel_uses():
     text = " Function times_experts:\n  REG:168 STACK:8 SHARED:1024 LOCAL:4 CONSTANT[0]:612 TEXTURE:0\n"
     assert triton_gates.read_usage(text) == (168, 8, 4)

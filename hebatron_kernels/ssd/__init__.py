@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _check as check
 from .._dispatch import Operator
-from . import native, reference, torch_ops
+from . import native, reference, torch_ops, triton_ops
 
 __all__ = ["ssd_scan", "ssd_update"]
 
@@ -33,7 +33,7 @@ _scan = Operator(
     "ssd_scan",
     f"Tensor x, Tensor dt, {_SHARED}, Tensor? cu_seqlens, Tensor? initial_state, int chunk_size",
     "(Tensor, Tensor)",
-    {"native": native, "emulator": native, "torch": torch_ops, "reference": reference},
+    {"native": native, "triton": triton_ops, "emulator": native, "torch": torch_ops, "reference": reference},
     _fake_scan,
 )
 _update = Operator(
@@ -78,7 +78,7 @@ def ssd_scan(
             are finite: a chunked form may carry a NaN or inf to earlier tokens of its chunk, never to another sequence.
             Chunks count from each sequence's start, so in the native form a sequence cut at whole chunks (of 64
             tokens, or of chunk_size where that is less; on CUDA at sixteen of them) gives the same result to the bit.
-        backend: "native", "torch", "reference" or "emulator"; None chooses.
+        backend: "native", "triton", "torch", "reference" or "emulator"; None chooses.
 
     Returns:
         y_THP in the dtype of x, and the state after each sequence (Q, H, P, S), fp32 (fp64 for fp64 x).
@@ -94,8 +94,9 @@ def ssd_scan(
     Backends:
         native: C++ on the CPU and CUDA on a GPU over chunks of at most 64, fp32 and bf16, summed in fp32 with log
         decays in fp64; for bf16 the factors of the products are rounded to bf16, the carried state stays fp32. On CUDA
-        head dim and state are multiples of 8, the state at most 128, chunks of fp32 at most 32. emulator: the CUDA
-        source on CPU tensors. torch: chunked matrix products, every dtype and device, summed in fp32 (fp64 for fp64 x).
+        head dim and state are multiples of 8, the state at most 128, chunks of fp32 at most 32. triton: on GPUs from
+        sm_80 on, head dim at most 128, state at most 256, chunks of at most 64 (fp32: 16). emulator: the CUDA source on
+        CPU tensors. torch: chunked matrix products, every dtype and device, summed in fp32 (fp64 for fp64 x).
 
     Source:
         Dao and Gu 2024, Mamba-2, arXiv 2405.21060, section 6; the layout and dt_limit of Nemotron-H's config.

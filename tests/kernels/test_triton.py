@@ -14,6 +14,7 @@ from hebatron_kernels import _evidence, _native, _triton
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+FILES = {"moe": "interpreted_triton.py", "ssd": "interpreted_triton_ssd.py"}
 
 
 def lacks():
@@ -35,11 +36,12 @@ def python(*words, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def test_grouped_gemm_triton_interpreted():
+@pytest.mark.parametrize("noun", ["moe", "ssd"])
+def test_triton_interpreted(noun):
     reason = lacks()
     if reason is not None:
         pytest.skip(reason)
-    words = ["-m", "pytest", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py")]
+    words = ["-m", "pytest", "-p", "no:cacheprovider", str(HERE / FILES[noun])]
     status, output = python(*words, TRITON_INTERPRET="1")
     assert status == 0, output[-8000:]
     assert " passed" in output and "skipped" not in output, output
