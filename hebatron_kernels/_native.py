@@ -181,7 +181,8 @@ def call(op: str, **kwargs: Any) -> None:
         return
     function = _function(cpu_module, cpu_missing, op, "_or_size")
     threads = torch.get_num_threads()
-    scratch = None if torch.are_deterministic_algorithms_enabled() else _scratch.tensor
+    exact = torch.are_deterministic_algorithms_enabled()  # tests: fresh, poisoned, not a byte too long
+    scratch = None if exact else _scratch.tensor
     if scratch is None:
         needed = function(**kwargs, threads=threads)
     else:
@@ -189,8 +190,9 @@ def call(op: str, **kwargs: Any) -> None:
             **kwargs, threads=threads, workspace=scratch.data_ptr(), bytes_workspace=_Scratch.BYTES
         )
     if needed:
-        workspace = empty((max(needed, _Scratch.BYTES),), torch.uint8)
-        if needed <= _Scratch.BYTES:
+        bytes_workspace = needed if exact else max(needed, _Scratch.BYTES)
+        workspace = empty((bytes_workspace,), torch.uint8)
+        if bytes_workspace == _Scratch.BYTES and not exact:
             _scratch.tensor = workspace
         function(**kwargs, threads=threads, workspace=workspace.data_ptr(), bytes_workspace=needed)
 

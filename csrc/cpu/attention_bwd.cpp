@@ -269,8 +269,8 @@ static void backward(const AttentionBwdArgs& b, const Exec& exec) {
   check(exec.bytes_workspace >= plan.bytes, "attention_prefill", "workspace is too small", exec.bytes_workspace);
   const int threads = int(std::min<int64_t>(exec.threads, a.workers));
   prepare(b, sequences, plan, threads);
-  std::memset(b.grad_k, 0, size_t(a.tokens_k * a.kv_heads * a.head_dim) * sizeof(T));  // keys of sequences without queries
-  std::memset(b.grad_v, 0, size_t(a.tokens_k * a.kv_heads * a.head_dim) * sizeof(T));
+  for (void* grads : {b.grad_k, b.grad_v})  // keys of sequences without queries
+    if (grads) std::memset(grads, 0, size_t(a.tokens_k * a.kv_heads * a.head_dim) * sizeof(T));
   for (const std::vector<Part>& piece : pieces_of(sequences)) {
 #pragma omp parallel num_threads(threads)
     {

@@ -11,7 +11,11 @@
 HEBATRON_DECLARE_ISA(portable)
 #ifdef HEBATRON_HAVE_AVX2
 HEBATRON_DECLARE_ISA(avx2)
+#endif
+#ifdef HEBATRON_HAVE_AVX512
 HEBATRON_DECLARE_ISA(avx512)
+#endif
+#ifdef HEBATRON_HAVE_AVX512_BF16
 HEBATRON_DECLARE_ISA(avx512_bf16)
 #endif
 
@@ -33,16 +37,20 @@ struct Table {
 #define HEBATRON_AVX512_BF16_FIELD(name, Args) , avx512_bf16::name, avx512_bf16::name##_workspace
 
 const std::vector<Table>& tables() {
-#ifdef HEBATRON_HAVE_AVX2
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+#if defined(__x86_64__)
+  [[maybe_unused]] static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  [[maybe_unused]] static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
   static const std::vector<Table> all = {
       {"portable", true HEBATRON_CPU_OPS(HEBATRON_PORTABLE_FIELD)},
 #ifdef HEBATRON_HAVE_AVX2
       {"avx2", has_avx2 HEBATRON_CPU_OPS(HEBATRON_AVX2_FIELD)},
+#endif
+#ifdef HEBATRON_HAVE_AVX512
       {"avx512", has_avx512 HEBATRON_CPU_OPS(HEBATRON_AVX512_FIELD)},
+#endif
+#ifdef HEBATRON_HAVE_AVX512_BF16
       {"avx512_bf16", has_avx512 && __builtin_cpu_supports("avx512bf16") HEBATRON_CPU_OPS(HEBATRON_AVX512_BF16_FIELD)},
 #endif
   };

@@ -115,7 +115,7 @@ static void grouped(const GroupedGemmArgs& a, const Exec& exec) {
                    write<T>(a, column, columns, r, rows, sums);
                  });
   }
-  std::memset((T*)a.out + end * a.n, 0, size_t((a.rows - end) * a.n) * sizeof(T));
+  if (end < a.rows) std::memset((T*)a.out + end * a.n, 0, size_t((a.rows - end) * a.n) * sizeof(T));
 }
 
 static void check_args(const GroupedGemmArgs& a) {

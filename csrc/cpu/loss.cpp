@@ -282,7 +282,7 @@ static void backward(const LossBwdArgs& b, const Exec& exec) {
   const BackwardPlan<T> plan(a, exec.workspace);
   check(exec.bytes_workspace >= plan.bytes, "linear_cross_entropy", "workspace is too small", exec.bytes_workspace);
   const Kept kept = kept_tokens(a, plan.tokens);
-  std::memset(b.grad_x, 0, size_t(a.tokens * a.width) * sizeof(T));
+  if (a.tokens) std::memset(b.grad_x, 0, size_t(a.tokens * a.width) * sizeof(T));
   std::memset(plan.grad_x, 0, size_t(kept.count * plan.columns) * sizeof(float));
 #pragma omp parallel num_threads(int(std::min<int64_t>(exec.threads, a.workers)))
   {
