@@ -23,6 +23,9 @@ from typing import Any
 
 # A kernel compiled for an architecture it has no body for is a return and padding; the smallest real one has 100.
 MIN_INSTRUCTIONS = 32
+# Registers a thread of 384 and of 512 starts with where setmaxnreg then moves them between warpgroups: all of an SM's.
+# With fewer the consumers would wait for ever for registers that no producer has to give.
+SETMAXNREG = (168, 128)
 LOCAL_MEMORY = ("LDL", "STL")
 LIBRARIES = re.compile(r"(libc|libm|libdl|librt|libpthread|libgcc_s|libstdc\+\+|ld-linux[\w-]*)\.so\.\d+")
 VERSIONS = re.compile(r"@+(GLIBC|GLIBCXX|CXXABI|GCC)_")
@@ -129,6 +132,8 @@ def check_file(
             failures.append(f"{where}: ptxas did not report its registers")
         elif used > demand["registers"]:
             failures.append(f"{where}: {used} registers, at most {demand['registers']}")
+        elif holds(instructions, "USETMAXREG") and used not in SETMAXNREG:
+            failures.append(f"{where}: setmaxnreg with {used} registers at the launch, must be {SETMAXNREG}")
         if instructions.total() < MIN_INSTRUCTIONS:
             failures.append(f"{where}: {instructions.total()} instructions, an empty stub")
         meant = list(demand.get("must", []))

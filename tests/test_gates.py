@@ -112,6 +112,19 @@ def test_too_many_registers_fail():
     assert failure == f"gemm: {GEMM} for sm_90a: 169 registers, at most 168"
 
 
+def test_fewer_registers_than_setmaxnreg_hands_out_fail():
+    code = sass(
+        gemm=(
+            "HGMMA.64x208x16.F32.BF16 R24, gdesc[UR4]",
+            "UTMALDG.3D [UR8], [UR4]",
+            "USETMAXREG.DEALLOC 0x28",
+        )
+    )
+    assert failures(code=code) == []
+    [failure] = failures(LOG.replace("Used 168", "Used 160"), code)
+    assert "160 registers at the launch, must be (168, 128)" in failure
+
+
 def test_a_missing_report_fails():
     start = LOG.index("ptxas info    : Compiling entry function")
     assert (
