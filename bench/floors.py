@@ -77,9 +77,11 @@ GEMMA_27B = Transformer("Gemma-3-27B", 62, 5376, 32, 16, 128, 21504, 262144, 52,
 MISTRAL_24B = Transformer("Mistral-Small-24B", 40, 5120, 32, 8, 128, 32768, 131072)
 
 
-def linear(name: str, work: Work, inputs: int, outputs: int, rows: int | None = None) -> Op:
+def linear(
+    name: str, work: Work, inputs: int, outputs: int, rows: int | None = None, bytes_weight: int | None = None
+) -> Op:
     rows = work.tokens if rows is None else rows
-    weights = inputs * outputs * work.bytes_weight
+    weights = inputs * outputs * (bytes_weight or work.bytes_weight)
     return Op(name, 2 * rows * inputs * outputs, weights, 2 * rows * (inputs + outputs))
 
 
@@ -137,7 +139,8 @@ def layer(c: ModelConfig, kind: str, work: Work) -> list[Op]:
         ]
     elif kind == "moe":
         shared = c.moe_shared_expert_intermediate_size
-        ops += [linear("router", work, D, c.n_routed_experts), *experts(c, work)]
+        router = linear("router", work, D, c.n_routed_experts, bytes_weight=4)  # fp32 whatever the rest is
+        ops += [router, *experts(c, work)]
         ops += [linear("shared up", work, D, shared), linear("shared down", work, shared, D)]
         if c.moe_latent_size is not None:
             ops += [
