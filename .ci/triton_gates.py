@@ -45,8 +45,9 @@ FLOATS = ("smallest", "largest")
 POINTERS = {"ends": "*i32", "taken": "*i32", "cu": "*i32"} | dict.fromkeys(
     "scale row_sums A D dt_bias sums decays start last grad_dt sums_A sums_D sums_bias".split(), "*fp32"
 )
-# Bytes of stack that are let pass: in ssd_scan's backward for sm_80 21 stores and 6 loads beside 192 products.
-STACK = {"gradients_of_heads": 768, "gradients_of_groups": 64}
+# Bytes of stack that are let pass: in ssd_scan's backward for sm_80 21 stores and 6 loads beside 192 products, in its
+# sums of chunks for sm_100 8 and 56 bytes.
+STACK = {"gradients_of_heads": 768, "gradients_of_groups": 64, "chunk_sums": 64}
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,9 @@ ROWS = {
 
 def products(job: Job) -> str:
     """The instruction that must multiply: wgmma and tcgen05 take 64 rows of their first operand at least."""
-    if job.operand == "fp32" or job.kernel == "pass_on":
+    if job.kernel == "pass_on":  # no product, but a decay
+        return "MUFU.EX2"
+    if job.operand == "fp32":
         return "FFMA"
     constants = dict(job.constants)
     rows = constants[ROWS.get(job.kernel, "BLOCK_T")]

@@ -15,7 +15,7 @@ Traffic   forward, a token, bf16, 64 x 64 heads, state 128, 8 groups, chunks of 
           what must move.
 Roofline  DRAM: 65,536 tokens 8.4 GB, 2.8 ms at 3.0 TB/s (H100). csrc/cuda's form is for speed, this for any GPU.
 Measured  never run on hardware; interpreted on the CPU and compiled ahead of time in every CI run. For sm_80
-          gradients_of_heads has 560 bytes of stack (21 stores), the others none or 40.
+          gradients_of_heads has 560 bytes of stack (21 stores), the others none or 40; for sm_100 chunk_sums 56.
 Limits    fp32 and bf16; P at most 128, S at most 256; rows of a tensor at most 2^24 elements apart, sequences and
           tokens below 2^31; compute capability 8.0.
 Why so    a chunk finds its sequence by a prefix sum over all lengths, so they never leave the GPU. The states are
