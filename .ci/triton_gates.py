@@ -210,7 +210,9 @@ def main(*words: str) -> int:
         print(f"gate failed: {failure}", file=sys.stderr)
     said = ", ".join(f"sm_{arch} {registers}" for arch, registers in most.items())
     print(
-        f"Triton: {len(wanted)} kernels compiled, none spills; most registers: {said}" if not failures else ""
+        f"Triton: {len(wanted)} kernels compiled, no stack beyond what is allowed; most registers: {said}"
+        if not failures
+        else ""
     )
     return 1 if failures else 0
 

@@ -54,7 +54,15 @@ GROUPED_GEMM_WGRAD: Forms = {
 # The other kernel files; "moe" is the whole expert layer and runs the products too.
 OTHERS = (
     *("norm", "conv", "loss", "moe_route", "moe_permute", "moe_combine", "moe"),
-    *("attention", "attention_bwd", "attention_decode", "attention_sm90", "ssd_scan", "ssd_update"),
+    *(
+        "attention",
+        "attention_bwd",
+        "attention_decode",
+        "attention_sm90",
+        "ssd_scan",
+        "ssd_scan_bwd",
+        "ssd_update",
+    ),
 )
 
 

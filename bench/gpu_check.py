@@ -45,7 +45,11 @@ ATTENTION_TESTS = {
     "attention_decode": "decode",
     "attention_sm90": "prefill and hopper and not gradients",
 }
-SSD_TESTS = {"ssd_scan": "scan", "ssd_update": "update"}  # and in tests/gpu/test_gpu_ssd.py
+SSD_TESTS = {
+    "ssd_scan": "scan and not gradients",
+    "ssd_scan_bwd": "gradients",
+    "ssd_update": "update",
+}  # and in tests/gpu/test_gpu_ssd.py
 # hebatron_kernels._triton.kernel("moe"); not imported: the first step builds the package
 TRITON = "moe/triton"
 Check = dict[str, Any]

@@ -52,7 +52,7 @@ set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUA
 hebatron_cuda_kernels(cuda_portable "${portable_archs}" csrc/cuda/attention.cu csrc/cuda/attention_bwd.cu
   csrc/cuda/attention_decode.cu csrc/cuda/conv.cu csrc/cuda/device.cu csrc/cuda/grouped_gemm.cu csrc/cuda/grouped_gemm_sm80.cu csrc/cuda/loss.cu
   csrc/cuda/grouped_gemm_tiles.cu csrc/cuda/grouped_gemm_wgrad_sm80.cu csrc/cuda/moe.cu csrc/cuda/moe_combine.cu
-  csrc/cuda/moe_decode.cu csrc/cuda/moe_permute.cu csrc/cuda/moe_route.cu csrc/cuda/norm.cu csrc/cuda/ssd_scan.cu csrc/cuda/ssd_update.cu)
+  csrc/cuda/moe_decode.cu csrc/cuda/moe_permute.cu csrc/cuda/moe_route.cu csrc/cuda/norm.cu csrc/cuda/ssd_scan.cu csrc/cuda/ssd_scan_bwd.cu csrc/cuda/ssd_update.cu)
 hebatron_cuda_kernels(cuda_sm90 90a-real csrc/cuda/attention_sm90.cu csrc/cuda/grouped_gemm_sm90.cu csrc/cuda/grouped_gemm_dgrad_sm90.cu
   csrc/cuda/grouped_gemm_wgrad_sm90.cu)
 include(cmake/cutlass.cmake)

@@ -501,6 +501,7 @@ struct DecodeStepArgs {
   X(causal_conv1d_bwd, ConvBwdArgs)           \
   X(causal_conv1d_update, ConvUpdateArgs)     \
   X(ssd_scan_fwd, SsdScanArgs)                \
+  X(ssd_scan_bwd, SsdScanBwdArgs)             \
   X(ssd_update, SsdUpdateArgs)                \
   X(cross_entropy_fwd, CrossEntropyArgs)      \
   X(cross_entropy_bwd, CrossEntropyBwdArgs)   \

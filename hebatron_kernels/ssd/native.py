@@ -38,13 +38,12 @@ def supports_ssd_scan(
         return f"the CUDA kernels need the head dim to be a multiple of 8, got {head_dim}"
     if state_dim % 8 or state_dim > MOST_STATE:
         return f"the CUDA kernels need the state to be a multiple of 8 up to {MOST_STATE}, got {state_dim}"
-    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in floats):
-        return "no CUDA kernel is written for its backward"
     return _native.unaligned(x_THP=_rows(x_THP), B_TGS=_rows(B_TGS), C_TGS=_rows(C_TGS))
 
 
 def kernels_ssd_scan(*args: object) -> list[str]:
-    return ["ssd_scan"]
+    wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    return ["ssd_scan", "ssd_scan_bwd"] if wanted else ["ssd_scan"]
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -83,11 +82,12 @@ def ssd_scan_bwd(grads: list[Tensor], *args: Any) -> list[Tensor]:
     x_THP, dt_TH, A_H, B_TGS, _, D_H, dt_bias_H, _, _, initial_state, _ = args
     inputs = _scan_inputs(*args)
     heads = x_THP.shape[1]
-    grad_x_THP = _native.empty(x_THP.shape, x_THP.dtype)
-    grad_dt_TH = torch.empty(dt_TH.shape, dtype=torch.float32)
-    grad_B_TGS, grad_C_TGS = (_native.empty(B_TGS.shape, B_TGS.dtype) for _ in range(2))
-    grad_A_H, grad_D_H, grad_dt_bias_H = (torch.empty(heads, dtype=torch.float32) for _ in range(3))
-    grad_initial = None if initial_state is None else torch.empty(initial_state.shape, dtype=torch.float32)
+    fp32 = {"dtype": torch.float32, "device": x_THP.device}
+    grad_x_THP = _empty(x_THP, *x_THP.shape)
+    grad_dt_TH = torch.empty(dt_TH.shape, **fp32)
+    grad_B_TGS, grad_C_TGS = (_empty(B_TGS, *B_TGS.shape) for _ in range(2))
+    grad_A_H, grad_D_H, grad_dt_bias_H = (torch.empty(heads, **fp32) for _ in range(3))
+    grad_initial = None if initial_state is None else torch.empty(initial_state.shape, **fp32)
     _native.call(
         "ssd_scan_bwd",
         **inputs,

@@ -119,6 +119,67 @@ def test_scan_forward_refuses_pointers_it_cannot_follow(gpu, monkeypatch, proves
     check_pointer_errors(monkeypatch, "ssd_scan_fwd", pointers, lambda: hk.ssd_scan(*args, backend="native"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SCANS)
+def test_scan_gradients_match_oracle(place, name, dtype):
+    testing.check_oracle(at(place, hk.ssd_scan), scan_args(*SCANS[name]), dtype, "native")
+
+
+def scan_step(dtype=BF16, name="documents"):
+    """A call that runs the scan and its gradients."""
+    args = [
+        a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in card(scan_args(*SCANS[name]), dtype)
+    ]
+    wanted = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+
+    def step():
+        y, last = hk.ssd_scan(*args, backend="native")
+        return torch.autograd.grad((y, last), wanted, (torch.ones_like(y), torch.ones_like(last)))
+
+    return step, args[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scan_gradients_are_the_same_bits_every_time(gpu, dtype):
+    step, _ = scan_step(dtype, "model")
+    want = step()
+    for _ in range(5):
+        assert_same_bits(step(), want)
+
+
+def test_scan_gradients_run_on_the_current_stream_and_never_wait(gpu, proves):
+    proves("streams")
+    step, x = scan_step()
+    check_stream(step, x.detach())
+    check_never_waits(step)
+
+
+def test_scan_gradients_replay_from_a_graph(gpu, proves):
+    proves("graphs")
+    step, x = scan_step()
+    check_graph(step, x.detach())
+
+
+def test_scan_gradients_refuse_pointers_they_cannot_follow(gpu, monkeypatch, proves):
+    proves("errors")
+    pointers = [
+        "x",
+        "dt",
+        "A",
+        "B",
+        "C",
+        "grad_y",
+        "grad_last",
+        "grad_x",
+        "grad_dt",
+        "grad_B",
+        "grad_C",
+        "grad_A",
+    ]
+    check_pointer_errors(monkeypatch, "ssd_scan_bwd", pointers, scan_step()[0])
+
+
 def test_scan_forward_beyond_two_to_the_31_elements(gpu):
     tokens = 600_000  # x: 2.46e9 elements
     need_memory(4.9 * 3 + 6)

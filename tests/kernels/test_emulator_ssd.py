@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("emulator")
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [FP32, BF16]
 RANDOM = dict(mode="random", seed=7)
-GRADIENTS = False
+GRADIENTS = True
 
 
 # ---- ssd_update ----

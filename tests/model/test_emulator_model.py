@@ -41,7 +41,8 @@ def _emulator() -> Iterator[None]:
 
 @pytest.fixture
 def scan_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The torch form of the scan: its backward is not written for CUDA yet."""
+    """The torch form of the scan. With its own backward, which keeps to the oracle rule by itself, a gradient of A_log
+    errs by 0.34 of its largest value here, where the CPU's errs by 0.06 and torch's by 0.10: not understood yet."""
     monkeypatch.setattr(hebatron.mixers, "ssd_scan", partial(hk.ssd_scan, backend="torch"))
 
 
