@@ -31,16 +31,7 @@ INTEGERS = (
     " sequences length heads head_dim state heads_a_group"
     " x_row x_head dt_row dt_head B_row B_group C_row C_group elements"
 ).split()
-ODD = {
-    "rows",
-    "experts",
-    "a_inner",
-    "sequences",
-    "length",
-    "heads_a_group",
-    "dt_row",
-    "dt_head",
-}  # no multiples of 16
+ODD = set("rows experts a_inner sequences length heads_a_group dt_row dt_head".split())  # no multiples of 16
 FLOATS = ("smallest", "largest")
 POINTERS = {"ends": "*i32", "taken": "*i32", "cu": "*i32"} | dict.fromkeys(
     "scale row_sums A D dt_bias sums decays start last grad_dt sums_A sums_D sums_bias".split(), "*fp32"
