@@ -51,19 +51,25 @@ GROUPED_GEMM_WGRAD: Forms = {
 }
 
 
-# The other kernel files; "moe" is the whole expert layer and runs the products too.
-OTHERS = (
-    *("norm", "conv", "loss", "moe_route", "moe_permute", "moe_combine", "moe"),
-    *(
-        "attention",
-        "attention_bwd",
-        "attention_decode",
-        "attention_sm90",
-        "ssd_scan",
-        "ssd_scan_bwd",
-        "ssd_update",
-    ),
-)
+# The other kernel files, and their tests: in tests/gpu, of test_gpu_<first>.py those that -k <second> takes. "moe"
+# is the whole expert layer and runs the products too.
+OTHERS = {
+    "norm": ("norm", ""),
+    "conv": ("conv", ""),
+    "loss": ("loss", ""),
+    "moe_route": ("moe", "route"),
+    "moe_permute": ("moe", "permute"),
+    "moe_combine": ("moe", "combine"),
+    "moe_decode": ("moe", "decode"),
+    "moe": ("moe", "mlp"),
+    "attention": ("attention", "prefill and not gradients and not hopper"),
+    "attention_bwd": ("attention", "gradients"),
+    "attention_decode": ("attention", "decode"),
+    "attention_sm90": ("attention", "prefill and hopper and not gradients"),
+    "ssd_scan": ("ssd", "scan and not gradients"),
+    "ssd_scan_bwd": ("ssd", "gradients"),
+    "ssd_update": ("ssd", "update"),
+}
 
 
 def grouped_gemm_forms(

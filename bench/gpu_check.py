@@ -36,20 +36,6 @@ from gpu_table import README, RESULTS, generated, rewritten
 BENCH = ROOT / "bench"
 # Seconds of each step; together under 10 minutes on 16 cores and one H100 or H200.
 SECONDS = {"build": 150, "conformance": 70, "tests": 150, "sanitizer": 90, "timings": 120, "record": 10}
-# Kernel files of the expert layer, and the tests in tests/gpu/test_gpu_moe.py that are theirs.
-MOE_TESTS = {"moe_route": "route", "moe_permute": "permute", "moe_combine": "combine", "moe": "mlp"}
-# The same in tests/gpu/test_gpu_attention.py.
-ATTENTION_TESTS = {
-    "attention": "prefill and not gradients and not hopper",
-    "attention_bwd": "gradients",
-    "attention_decode": "decode",
-    "attention_sm90": "prefill and hopper and not gradients",
-}
-SSD_TESTS = {
-    "ssd_scan": "scan and not gradients",
-    "ssd_scan_bwd": "gradients",
-    "ssd_update": "update",
-}  # and in tests/gpu/test_gpu_ssd.py
 # hebatron_kernels._triton.kernel("moe"); not imported: the first step builds the package
 TRITON = "moe/triton"
 Check = dict[str, Any]
@@ -181,17 +167,11 @@ def conformance(run: Run) -> str:
 
 def tests(run: Run) -> str:
     """One pytest process a kernel, side by side; each leaves a line of JSON for every test it began and ended."""
-    grouped, layer = "tests/gpu/test_gpu_grouped_gemm.py", "tests/gpu/test_gpu_moe.py"
-    gradients = "tests/gpu/test_gpu_grouped_gemm_gradients.py"
-    jobs = [(kernel, f"tests/gpu/test_gpu_{kernel}.py", "") for kernel in ("norm", "conv", "loss")]
+    grouped, gradients = (f"tests/gpu/test_gpu_grouped_gemm{part}.py" for part in ("", "_gradients"))
+    jobs = [(kernel, f"tests/gpu/test_gpu_{noun}.py", select) for kernel, (noun, select) in OTHERS.items()]
     jobs += [(kernel, grouped, name) for name, (kernel, _) in GROUPED_GEMM.items()]
     for way, table in (("way_back", GROUPED_GEMM_DGRAD), ("wgrad", GROUPED_GEMM_WGRAD)):
         jobs += [(kernel, gradients, f"{name} and {way}") for name, (kernel, _) in table.items()]
-    jobs += [(kernel, layer, select) for kernel, select in MOE_TESTS.items()]
-    jobs += [
-        (kernel, "tests/gpu/test_gpu_attention.py", select) for kernel, select in ATTENTION_TESTS.items()
-    ]
-    jobs += [(kernel, "tests/gpu/test_gpu_ssd.py", select) for kernel, select in SSD_TESTS.items()]
     jobs.append((TRITON, "tests/gpu/test_gpu_triton.py", ""))
     jobs = [job for job in jobs if (run.dry and job[0] != TRITON) or job[0] in run.facts["kernels"]]
     jobs += [("grouped_gemm", grouped, "automatic"), ("model", "tests/gpu/test_gpu_model.py", "")]

@@ -1,4 +1,4 @@
-"""The timing table: every kernel and tile at the model's shapes, its floor, its rivals, in one process.
+"""The timing table: every kernel and tile at the model's shapes, its floor, target and rivals, in one process.
 
     python bench/gpu_kernels.py [--seconds 150] [--out timings.json]
     python bench/gpu_kernels.py --device cpu          dry run: the same code at toy sizes, no figure means anything
@@ -23,15 +23,22 @@ from typing import Any
 import torch
 from common import OTHERS
 from gpu_device import Call, Ceilings, Clocks, Device, as_row, machine
-from gpu_problems import TINY, Problem, Sizes, problems
+from gpu_problems import TINY, Problem, Sizes
+from gpu_problems_attention import attentions, projections
 from gpu_problems_conv import convolutions
+from gpu_problems_gemm import more_products, products
 from gpu_problems_loss import losses
+from gpu_problems_moe import layers
+from gpu_problems_norm import norms
 from gpu_problems_ssd import scans
+from gpu_targets import target
 from torch import Tensor
 
 from hebatron_kernels import _native, _triton
 
 REPEATS = 15
+# The most wanted first: time may run out.
+TABLES = (products, layers, attentions, scans, norms, losses, convolutions, more_products, projections)
 FARTHEST = (
     2e-2  # relative distance from the torch form: two bf16 roundings there against one here stay under 1e-2
 )
@@ -121,6 +128,9 @@ def measure(
         "clocks": clocks.between(begin, time.monotonic()),
         "rivals": rivals,
     }
+    set_for_it = target(problem.kernel, problem.case)
+    if set_for_it is not None:
+        row["target"] = set_for_it.as_row(problem.bytes_moved, problem.flops)
     if problem.sizes is not None:
         row["sizes"] = list(problem.sizes)
     checks = []
@@ -143,9 +153,9 @@ def measure(
 
 def leave_out(problem: Problem, names: set[str]) -> None:
     """Without these implementations of grouped_gemm or other kernels; nor what may choose or run one of them."""
-    products = {"sm90a", "sm80"}
-    layer = {"moe", "moe_permute", "moe_combine", *products}
-    chosen = {"grouped_gemm": products, "grouped_gemm_wgrad": products, "moe": layer}
+    forms = {"sm90a", "sm80"}
+    layer = {"moe", "moe_permute", "moe_combine", *forms}
+    chosen = {"grouped_gemm": forms, "grouped_gemm_wgrad": forms, "moe": layer}
     choice = chosen.get(problem.kernel, {problem.kernel})
     for rival in list(problem.rivals):
         if rival.partition(":")[0] in names or (rival == "ours" and choice & names):
@@ -155,7 +165,8 @@ def leave_out(problem: Problem, names: set[str]) -> None:
 def show(row: dict[str, Any]) -> None:
     clock = row["clocks"].get("clocks.sm")
     at = f", {clock:.0f} MHz" if clock else ""
-    print(f"{row['kernel']} {row['case']}: floor {row['floor_ms']:.4f} ms ({row['bound']}{at})")
+    must = f"; must {row['target']['must_ms']:.4f} ms" if "target" in row else ""
+    print(f"{row['kernel']} {row['case']}: floor {row['floor_ms']:.4f} ms ({row['bound']}{at}){must}")
     for name, found in sorted(row["rivals"].items(), key=lambda item: item[1].get("ms", 1e9)):
         if "ms" not in found:
             print(f"    {name:<32} {found.get('error', 'not timed')}")
@@ -197,8 +208,7 @@ def main() -> int:
     with Clocks(device.cuda) as clocks:
         ceilings = device.ceilings(sizes.copy_bytes, sizes.matmul_size, repeats)
         print(f"ceilings: {asdict(ceilings)}")
-        tables = (problems, convolutions, losses, scans)
-        for name, make in chain.from_iterable(table(sizes, device.device) for table in tables):
+        for name, make in chain.from_iterable(table(sizes, device.device) for table in TABLES):
             if time.monotonic() > deadline or not device.alive():
                 skipped.append(name)
                 continue

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from gpu_problems import BF16, Maker, Problem, Sizes, _gradients, by_backend
+from gpu_problems import BF16, Maker, Problem, Sizes, by_backend, gradients
 from torch.nn import functional as F
 
 import hebatron_kernels as hk
@@ -31,7 +31,7 @@ def convolution(sizes: Sizes, device: torch.device, tokens: int, backward: bool)
     ends = (torch.arange(5, device=device) * tokens // 4).int()
     args = (wide[:, sizes.inner :], weight, bias, "silu", ends)
     op = hk.causal_conv1d
-    call = partial(_gradients, op, args) if backward else partial(op, *args)
+    call = partial(gradients, op, args) if backward else partial(op, *args)
     rivals = by_backend(device, call)
     if not backward:
         rivals["F.conv1d and silu, one document"] = partial(torch_convolution, *args[:3])

@@ -161,17 +161,31 @@ def combine_cases(run: Any, random: np.random.Generator) -> Iterator[str]:
         yield f"{tokens} tokens, {top_k} rows each, width {width}"
 
 
-def layer_cases(run: Any, random: np.random.Generator) -> Iterator[str]:
-    def draw(*shape: int, scale: float = 1.0) -> Floats:
-        return run.rounded((random.standard_normal(shape) * scale).astype(np.float32))
+class Layer:
+    """An expert layer's tensors, on both sides; `given`: what moe_mlp_fwd, moe_mlp_bwd and moe_decode all take."""
 
-    for tokens, experts, top_k, width, expert_width in ((9, 5, 2, 72, 136), (1, 3, 3, 8, 8)):
-        ids, _, _ = choices(random, tokens, experts, top_k)
-        x, weights = draw(tokens, width), random.random((tokens, top_k), dtype=np.float32) + np.float32(0.1)
-        up = draw(experts, expert_width, width, scale=width**-0.5)
-        down = draw(experts, width, expert_width, scale=expert_width**-0.5)
-        hidden, y = run.output(tokens * top_k, expert_width), run.output(tokens, width)
-        given = {
+    def __init__(
+        self,
+        run: Any,
+        random: np.random.Generator,
+        tokens: int,
+        experts: int,
+        top_k: int,
+        width: int,
+        expert_width: int,
+    ) -> None:
+        def draw(*shape: int, scale: float = 1.0) -> Floats:
+            return run.rounded((random.standard_normal(shape) * scale).astype(np.float32))
+
+        self.ids, _, _ = choices(random, tokens, experts, top_k)
+        self.weights = random.random((tokens, top_k), dtype=np.float32) + np.float32(0.1)
+        self.x, self.grad = draw(tokens, width), draw(tokens, width)
+        self.up = draw(experts, expert_width, width, scale=width**-0.5)
+        self.down = draw(experts, width, expert_width, scale=expert_width**-0.5)
+        self.relu = np.maximum(np.einsum("tkfd,td->tkf", self.up[self.ids], self.x), 0)
+        self.y = np.einsum("tk,tkdf,tkf->td", self.weights, self.down[self.ids], self.relu**2)
+        self.name = f"{tokens} tokens, {top_k} of {experts}, {width} x {expert_width}"
+        self.given = {
             "tokens": tokens,
             "top_k": top_k,
             "experts": experts,
@@ -181,37 +195,50 @@ def layer_cases(run: Any, random: np.random.Generator) -> Iterator[str]:
             "dtype": run.dtype,
             "weight_dtype": run.dtype,
             "packed": 0,
-            "x": run.put(x),
+            "x": run.put(self.x),
             "x_stride": width,
-            "ids": run.card.put(ids),
-            "weights": run.card.put(weights),
-            "up": run.put(up),
+            "ids": run.card.put(self.ids),
+            "weights": run.card.put(self.weights),
+            "up": run.put(self.up),
             "up_expert_stride": expert_width * width,
             "up_stride": width,
-            "down": run.put(down),
+            "down": run.put(self.down),
             "down_expert_stride": expert_width * width,
             "down_stride": expert_width,
-            "hidden": hidden,
         }
+
+
+def decode_cases(run: Any, random: np.random.Generator) -> Iterator[str]:
+    # tails of 16 rows and of 32 of K, one token, several groups of 8 tokens an expert
+    for sizes in ((9, 5, 2, 72, 136), (1, 3, 3, 8, 8), (33, 3, 1, 40, 24)):
+        layer, y = Layer(run, random, *sizes), run.output(sizes[0], sizes[3])
+        run.call("moe_decode", **layer.given, hidden=None, y=y)
+        run.compare("y", y, layer.y)
+        yield layer.name
+
+
+def layer_cases(run: Any, random: np.random.Generator) -> Iterator[str]:
+    for sizes in ((9, 5, 2, 72, 136), (1, 3, 3, 8, 8)):
+        layer, (tokens, _, top_k, width, expert_width) = Layer(run, random, *sizes), sizes
+        hidden, y = run.output(tokens * top_k, expert_width), run.output(tokens, width)
+        given = layer.given | {"hidden": hidden}
         run.call("moe_mlp_fwd", **given, y=y)
-        relu = np.maximum(np.einsum("tkfd,td->tkf", up[ids], x), 0)
-        run.compare("y", y, np.einsum("tk,tkdf,tkf->td", weights, down[ids], relu**2))
-        grad = draw(tokens, width)
-        grads = [run.output(*shape) for shape in (x.shape, up.shape, down.shape)]
+        run.compare("y", y, layer.y)
+        grads = [run.output(*array.shape) for array in (layer.x, layer.up, layer.down)]
         grad_weights = run.card.empty(4 * tokens * top_k)
         outputs = dict(zip(("grad_x", "grad_up", "grad_down"), grads))
-        run.call("moe_mlp_bwd", **given, **outputs, grad_y=run.put(grad), grad_weights=grad_weights)
-        back = np.einsum("tkdf,td->tkf", down[ids], grad)
-        of_hidden = 2 * weights[..., None] * relu * back
-        run.compare("grad_x", grads[0], np.einsum("tkfd,tkf->td", up[ids], of_hidden))
-        for pointer, shape, product in (
-            (grads[1], up.shape, np.einsum("tkf,td->tkfd", of_hidden, x)),
-            (grads[2], down.shape, np.einsum("td,tk,tkf->tkdf", grad, weights, relu**2)),
+        run.call("moe_mlp_bwd", **given, **outputs, grad_y=run.put(layer.grad), grad_weights=grad_weights)
+        back = np.einsum("tkdf,td->tkf", layer.down[layer.ids], layer.grad)
+        of_hidden = 2 * layer.weights[..., None] * layer.relu * back
+        run.compare("grad_x", grads[0], np.einsum("tkfd,tkf->td", layer.up[layer.ids], of_hidden))
+        for pointer, like, product in (
+            (grads[1], layer.up, np.einsum("tkf,td->tkfd", of_hidden, layer.x)),
+            (grads[2], layer.down, np.einsum("td,tk,tkf->tkdf", layer.grad, layer.weights, layer.relu**2)),
         ):
-            want = np.zeros(shape, np.float32)
-            np.add.at(want, ids, product)
+            want = np.zeros_like(like)
+            np.add.at(want, layer.ids, product)
             run.compare("weights' gradient", pointer, want)
-        yield f"{tokens} tokens, {top_k} of {experts}, {width} x {expert_width}"
+        yield layer.name
 
 
 # each kernel's cases, and the dtypes they run in
@@ -221,5 +248,6 @@ CASES: dict[str, tuple[Callable[[Any, np.random.Generator], Iterator[str]], tupl
     "moe_route": (route_cases, ("float32",)),
     "moe_permute": (permute_cases, ("bfloat16", "float32")),
     "moe_combine": (combine_cases, ("bfloat16", "float32")),
+    "moe_decode": (decode_cases, ("bfloat16",)),
     "moe": (layer_cases, ("bfloat16",)),
 }

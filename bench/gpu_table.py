@@ -12,10 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "bench" / "results", ROOT / "README.md"
 BEGIN, END = "<!-- gpu-table -->", "<!-- /gpu-table -->"
 RECORD = re.compile(r"\d{4}-\d{2}-\d{2}-.+\.json")
-# What the table shows of a record, in this order; the rest stays in the file.
+# What the table shows of a record besides problems with a target, in its order; the rest stays in the file.
 SHOWN = re.compile(
     r"(up|down) \d+ uniform|(up|down) 16384 zipf|(plain|residual|gated) (1|4096|65536)x\d+( forward.*)?"
 )
+FORMS = ("sm90a:", "triton", "cutlass:")  # of ours, beside what was chosen
 NOTHING = (
     "No GPU run yet: the CUDA kernels are compiled, ours are emulated, all were **never run on hardware**."
 )
@@ -34,29 +35,31 @@ def newest(folder: Path) -> tuple[str, Record] | None:
 
 
 def _best(rivals: dict[str, dict[str, Any]], wanted: str) -> str:
-    """ "0.123 ms (128x208)": the fastest rival whose name begins with `wanted`, or a dash."""
+    """ "0.123 (128x208)": the fastest rival whose name begins with `wanted`, and its tile; or a dash."""
+    ms, name = _fastest(rivals, wanted)
+    tile = name.partition(":")[2]
+    return f"{ms:.4g}" + (f" ({tile})" if tile else "") if name else "-"
+
+
+def _fastest(rivals: dict[str, dict[str, Any]], wanted: str) -> tuple[float, str]:
     timed = [
         (found["ms"], name) for name, found in rivals.items() if name.startswith(wanted) and "ms" in found
     ]
-    if not timed:
-        return "-"
-    ms, name = min(timed)
-    tile = name.partition(":")[2]
-    return f"{ms:.4g}" + (f" ({tile})" if tile else "")
+    return min(timed, default=(0.0, ""))
 
 
 def _row(row: Record) -> str:
     rivals = row["rivals"]
     ours = rivals.get("ours", {})
     mine = f"{ours['ms']:.4g} | {ours['percent_of_floor']:.0f} %" if "ms" in ours else "- | -"
+    must = f"{row['target']['must_ms']:.4g}" if "target" in row else "-"
     clock = row["clocks"].get("clocks.sm")
-    if row["kernel"] == "norm":
-        others = ["-", "-", "-", _best(rivals, "F.rms_norm")]
-    else:
-        alone = {name: found for name, found in rivals.items() if name.endswith("product alone")}
-        others = [_best(rivals, wanted) for wanted in ("sm90a:", "triton", "cutlass:")] + [_best(alone, "")]
-    cells = [row["kernel"], row["case"], f"{row['floor_ms']:.4g}", mine, *others, _best(rivals, "torch form")]
-    return f"| {' | '.join(cells)} | {clock:.0f} |" if clock else f"| {' | '.join(cells)} | - |"
+    forms = [_best(rivals, wanted) for wanted in FORMS]
+    known = ("ours", "torch form", "sm80:", *FORMS)
+    ms, name = _fastest({name: found for name, found in rivals.items() if not name.startswith(known)}, "")
+    other = f"{ms:.4g} ({name})" if name else "-"
+    cells = [row["kernel"], row["case"], f"{row['floor_ms']:.4g}", must, mine, *forms, other]
+    return f"| {' | '.join([*cells, _best(rivals, 'torch form'), f'{clock:.0f}' if clock else '-'])} |"
 
 
 def table(name: str, record: Record) -> str:
@@ -76,21 +79,15 @@ def table(name: str, record: Record) -> str:
             f"Floors count bytes at {ceilings['bytes_per_second'] / 1e12:.2f} TB/s (a copy) and operations at "
             f"{ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s (an 8192^3 product), measured in the same process."
         )
-    shown = [row for row in record.get("timings", []) if SHOWN.fullmatch(row["case"]) or record["dry_run"]]
-    shown = [row for row in shown if row["kernel"] != "baseline"]
+    shown = [
+        row
+        for row in record.get("timings", [])
+        if row["kernel"] != "baseline"
+        and ("target" in row or SHOWN.fullmatch(row["case"]) or record["dry_run"])
+    ]
     if shown:
-        head = [
-            "kernel",
-            "case",
-            "floor ms",
-            "ours ms",
-            "of floor",
-            "best sm90a tile",
-            "Triton",
-            "CUTLASS",
-            "torch's product",
-            "torch form",
-        ]
+        head = ["kernel", "case", "floor ms", "target ms", "ours ms", "of floor", "best sm90a tile"]
+        head += ["Triton", "CUTLASS", "other rival", "torch form"]
         lines += ["", f"| {' | '.join([*head, 'SM MHz'])} |", "|---" * (len(head) + 1) + "|"]
         lines += [_row(row) for row in shown]
     return "\n".join(lines)

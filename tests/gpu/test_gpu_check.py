@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,13 @@ import gpu_table
 import pytest
 import torch
 from common import GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD, ROOT, grouped_gemm_forms
+from gpu_problems import Sizes
+from gpu_problems_attention import attentions
+from gpu_problems_loss import losses
+from gpu_problems_moe import layers
+from gpu_problems_norm import norms
+from gpu_problems_ssd import scans
+from gpu_targets import TARGETS, target
 
 from hebatron_kernels import _evidence, _native, testing
 
@@ -261,6 +269,7 @@ def full_record(tmp_path):
                 "kernel": "grouped_gemm",
                 "case": "up 4096 uniform",
                 "floor_ms": 0.16,
+                "target": {"must_ms": 0.18, "stretch_ms": 0.17, "set_as": "0.18, stretch 0.17 ms"},
                 "bound": "memory",
                 "clocks": {"clocks.sm": 1755.0},
                 "rivals": {"ours": times, "sm90a:128x232": times, "torch form": {"error": "no grouped_mm"}},
@@ -305,8 +314,34 @@ def test_table_shows_the_record_finished_last(tmp_path):
     (tmp_path / "norm.json").write_text("{}")  # a CPU benchmark's, with no date in its name
     block = gpu_table.generated(tmp_path)
     assert "bench/results/2026-12-01-h200-2.json" in block and "8 of 8 checks passed" in block
-    row = "| grouped_gemm | up 4096 uniform | 0.16 | 0.2 | 80 % | 0.2 (128x232) | - | - | - | - | 1755 |"
+    row = (
+        "| grouped_gemm | up 4096 uniform | 0.16 | 0.18 | 0.2 | 80 % | 0.2 (128x232) | - | - | - | - | 1755 |"
+    )
     assert row in block.splitlines()
+
+
+def test_every_target_is_of_a_problem_of_the_timing_table():
+    narrow = replace(
+        Sizes(), width=16, expert_width=16, experts=8, top_k=2
+    )  # cases of the layer name tokens alone
+    made = [make() for _, make in layers(narrow, torch.device("cpu"))]
+    for table in (attentions, scans, norms, losses):
+        made += [make() for _, make in table(Sizes(), torch.device("meta"))]
+    assert set(TARGETS) <= {(problem.kernel, problem.case) for problem in made}
+
+
+def test_targets_are_times_of_the_problem_at_hand():
+    assert target("attention_sm90", "causal 65536") == target("attention", "causal 65536")
+    assert target("attention", "causal 4096") is None
+    flops = 2.0 * 32 * 65536**2 * 128
+    assert target("attention", "causal 65536").as_row(0.0, flops)["must_ms"] == pytest.approx(73.3, abs=0.05)
+    assert target("moe", "4096 uniform").as_row(1e9, 1e12)["must_ms"] == 1.4
+    norm = target("norm", "plain 65536x2688").as_row(2 * 2 * 65536 * 2688, 0.0)
+    assert (norm["must_ms"], norm["stretch_ms"]) == pytest.approx((0.271, 0.235), abs=1e-3)
+    together = target(
+        "moe", "16384 uniform forward and backward"
+    )  # 480 and 420 TFLOP/s, twice the operations
+    assert together.must == pytest.approx(3 / (1 / 480 + 2 / 420), abs=0.1)
 
 
 def test_table_of_no_record_says_so(tmp_path):

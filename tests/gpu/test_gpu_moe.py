@@ -34,6 +34,8 @@ def both_ways(op, args):
     outputs = [out] if isinstance(out, torch.Tensor) else [o for o in out if o.is_floating_point()]
     wanted = [a for a in leaves if isinstance(a, torch.Tensor) and a.requires_grad]
     targets = [o for o in outputs if o.requires_grad]
+    if not targets:  # nothing is kept for a backward
+        return outputs
     grads = torch.autograd.grad(targets, wanted, [torch.ones_like(o) for o in targets], allow_unused=True)
     return [*outputs, *(g for g in grads if g is not None)]
 
@@ -149,19 +151,43 @@ def test_moe_mlp_keeps_the_gradients_of_fp32_weights_in_fp32(place):
     testing.check_oracle(at(place, hk.moe_mlp), args, None, "native")
 
 
-# the four operators: their bits, streams, graphs and pointers
+def few(*args, backend):
+    """The layer as it decodes: nothing is kept for a backward, so that one launch serves up to 128 tokens."""
+    with torch.no_grad():
+        return hk.moe_mlp(*args, backend=backend)
+
+
+# tokens, experts, top_k, width, expert width: the smallest; the model's widths, one token and many; its most tokens;
+# several groups of 8 tokens an expert
+FEW = {
+    "smallest": (1, 1, 1, 8, 8),
+    "one": (1, 16, 6, 2688, 1856),
+    "model": (40, 16, 6, 2688, 1856),
+    "most": (128, 128, 6, 136, 72),
+    "groups": (32, 2, 2, 136, 72),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_moe_decode_matches_oracle(place, name):
+    testing.check_oracle(at(place, few), mlp_args(*FEW[name]), BF16, "native", grad=False)
+
+
+# the operators, and the layer of few tokens: their bits, streams, graphs and pointers
 
 CALLS = {
     "route": (hk.moe_route, lambda: moved(route_args(*ROUTES["model"]))),
     "permute": (hk.moe_permute, lambda: [*moved(row_args(*SIZES["model"])[:2], BF16), 128]),
     "combine": (hk.moe_combine, lambda: [*moved(row_args(*SIZES["model"])[2:], BF16), 300]),
     "mlp": (hk.moe_mlp, lambda: moved(mlp_args(200, 16, 6, 264, 136), BF16)),
+    "decode": (few, lambda: moved(mlp_args(30, 16, 6, 264, 136), BF16)),
 }
 POINTERS = {
     "route": ["logits", "bias", "weights", "ids", "counts"],
     "permute": ["ids", "x", "rows", "order", "position", "offsets"],
     "combine": ["rows", "order", "weights", "y"],
     "mlp": ["x", "ids", "weights", "up", "down", "y"],
+    "decode": ["x", "ids", "weights", "up", "down", "y"],
 }
 
 
@@ -192,10 +218,11 @@ def test_moe_replays_from_a_graph(gpu, name, proves):
     check_graph(lambda: both_ways(op, args), args[0])
 
 
-def test_moe_mlp_replays_with_another_routing(gpu, proves):
+@pytest.mark.parametrize("name", ["mlp", "decode"])
+def test_moe_replays_with_another_routing(gpu, name, proves):
     """The sizes of the experts live on the device: a graph must follow them."""
     proves("graphs")
-    op, make = CALLS["mlp"]
+    op, make = CALLS[name]
     args = make()
     both_ways(op, args)
     torch.cuda.synchronize()
@@ -221,4 +248,5 @@ def test_moe_refuses_pointers_it_cannot_follow(gpu, name, monkeypatch, proves):
     proves("errors")
     op, make = CALLS[name]
     args = make()
-    check_pointer_errors(monkeypatch, f"moe_{name}_fwd", POINTERS[name], lambda: op(*args, backend="native"))
+    function = "moe_mlp_fwd" if name == "decode" else f"moe_{name}_fwd"
+    check_pointer_errors(monkeypatch, function, POINTERS[name], lambda: op(*args, backend="native"))
