@@ -11,7 +11,7 @@ A native one with CUDA kernels has one more, kernels_<op>(*args): the files of c
 unproven_<op>(*args) -> None | reason: why it is not chosen unasked. Both ask the evidence table.
 `torch` is a differentiable composite and is called as it is, so autograd and Inductor see through it. The others go
 through the private op hebatron::_<op>, whose backward hebatron::_<op>_bwd calls <op>_bwd or, where that is missing,
-torch.autograd.grad over the implementation itself (`reference`) or over the torch form (`native`). `emulator` is the
+torch.autograd.grad over the implementation itself (`reference`) or over the torch form (the others). `emulator` is the
 native module of an operator that has a CUDA kernel, each of its functions run by _native.emulated.
 """
 
@@ -174,7 +174,7 @@ class Operator:
         handwritten = self._form(backend, f"{self.name}_bwd")
         if handwritten is not None:
             return handwritten(grads, *inputs)
-        forward = self.forwards["torch" if backend in ("native", "emulator") else backend]
+        forward = self.forwards["reference" if backend == "reference" else "torch"]
         with torch.enable_grad(), _autograd_dispatch():
             leaves = [a.detach().requires_grad_() if _is_float(a) else a for a in inputs]
             out = forward(*leaves)

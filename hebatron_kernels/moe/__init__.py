@@ -77,6 +77,7 @@ _moe_mlp = _operator(
     lambda x, ids, weights, up, down: x.new_empty(x.shape),
     fake_keep=lambda x, ids, weights, up, down: (x.new_empty(ids.shape[0] * ids.shape[1], up.shape[1]),),
     native=native,
+    triton=triton_ops,
     emulator=native,
 )
 
@@ -237,7 +238,7 @@ def moe_mlp(
         weights_TK: (T, K), any floating dtype.
         up_EFD: (E experts, F expert width, D), dtype of x; or fp32 under bf16 x, rounded to bf16 at its use.
         down_EDF: (E, D, F), dtype of up.
-        backend: "native", "torch", "reference" or "emulator"; None chooses.
+        backend: "native", "triton", "torch", "reference" or "emulator"; None chooses.
 
     Returns:
         y_TD: (T, D) in the dtype of x. An expert that no token chose is not read.
@@ -255,8 +256,9 @@ def moe_mlp(
         bit, and none on the number of threads; the gradients of fp32 weights under bf16 are not rounded to bf16. CUDA:
         bf16, widths in multiples of 8 up to 8,192 and rows on 16 bytes, at most 512 experts; fp32 weights are rounded
         into a copy in the forward and again in the backward (6 bytes moved a weight each time); the gradient of a
-        weight in weights_TK that is 0 is 0. emulator: the same kernels on CPU tensors, for tests. torch: the products
-        as in grouped_gemm, deterministic.
+        weight in weights_TK that is 0 is 0. emulator: the same kernels on CPU tensors, for tests. triton: the products
+        of grouped_gemm's, fp32 and bf16, any widths; the backward makes up's product again; the gradients of fp32
+        weights under bf16 are not rounded. torch: the products as in grouped_gemm, deterministic.
 
     Source:
         The model's experts: not gated, relu2 (So et al. 2021, arXiv 2109.08668), no biases.

@@ -243,10 +243,12 @@ def product_grad(
     return out, None if scale is None or parts is None else parts.sum(0).to(scale.dtype)
 
 
-def weight_grad(a: Tensor, grad: Tensor, ends: Tensor, taken: Tensor | None) -> Tensor:
-    """(E, K, M): each expert's rows of a, transposed, times its rows of grad."""
+def weight_grad(
+    a: Tensor, grad: Tensor, ends: Tensor, taken: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """(E, K, M) in `dtype` (that of a): each expert's rows of a, transposed, times its rows of grad."""
     experts, inner, outputs = ends.shape[0], a.shape[1], grad.shape[1]
-    out = a.new_empty(experts, inner, outputs)
+    out = a.new_empty(experts, inner, outputs, dtype=dtype)
     size = weight_blocks(grad.shape[0], experts, a.element_size())
     programs = experts * triton.cdiv(inner, size.k) * triton.cdiv(outputs, size.m)
     with _on(a):

@@ -1,9 +1,10 @@
-"""grouped_gemm's Triton form on a GPU: values with gradients, streams, graphs, no waiting, sizes beyond 2^31."""
+"""The experts' Triton form on a GPU: values with gradients, streams, graphs, no waiting, sizes beyond 2^31."""
 
 import pytest
 import torch
 from gpu_cases import assert_same_bits, at, check_graph, check_never_waits, check_stream, need_memory
 from test_gpu_grouped_gemm import BF16, LARGE, PROBLEMS, arguments
+from test_gpu_moe import LAYERS, mlp_args, moved
 
 import hebatron_kernels as hk
 from hebatron_kernels import _triton, testing
@@ -123,3 +124,47 @@ def test_grouped_gemm_triton_beyond_two_to_the_31_elements(on_triton, large):
         ends = (offsets.clamp(part.start, part.stop) - part.start).int()
         want = hk.grouped_gemm(a[taken[part].long()], b, ends, backend="torch")
         torch.testing.assert_close(got[part], want, rtol=2**-7, atol=2**-7 * want.abs().max().item())
+
+
+# the expert layer, whose products these are
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("name", LAYERS)
+def test_moe_mlp_triton_matches_oracle(on_triton, name, dtype):
+    args = mlp_args(*LAYERS[name])
+    testing.check_oracle(at(on_triton, hk.moe_mlp), args, dtype, "native", LAYERS[name][0] > 0)
+
+
+def layer_calls():
+    args = moved(mlp_args(200, 16, 6, 264, 136), BF16)
+
+    def back():
+        leaves = [a.detach().requires_grad_() if a.is_floating_point() else a for a in args]
+        out = hk.moe_mlp(*leaves, backend="triton")
+        return [out.detach(), *torch.autograd.grad(out, [leaves[i] for i in (0, 2, 3, 4)], out.detach())]
+
+    return args, [lambda: hk.moe_mlp(*args, backend="triton"), back]
+
+
+def test_moe_mlp_triton_gives_the_same_bits_every_time(on_triton):
+    _, calls = layer_calls()
+    for call in calls:
+        want = call()
+        for _ in range(5):
+            assert_same_bits(call(), want)
+
+
+def test_moe_mlp_triton_runs_on_the_current_stream_and_never_waits(on_triton, proves):
+    proves("streams")
+    args, calls = layer_calls()
+    for call in calls:
+        check_stream(call, args[0])
+        check_never_waits(call)
+
+
+def test_moe_mlp_triton_replays_from_a_graph(on_triton, proves):
+    proves("graphs")
+    args, calls = layer_calls()
+    for call in calls:
+        check_graph(call, args[0])

@@ -4,7 +4,7 @@ exact: the interpreter would multiply their bits."""
 
 import pytest
 import torch
-from moe_cases import FORMS, groups, with_form
+from moe_cases import FORMS, groups, mlp, with_form
 
 import hebatron_kernels as hk
 from hebatron_kernels import testing
@@ -148,6 +148,63 @@ def test_grouped_gemm_triton_is_never_chosen_on_the_cpu():
         hk.grouped_gemm(a, b, ends, implementation="sm80", backend="triton")
     with pytest.raises(hk.BackendError, match=r"triton\]: computes float32 and bfloat16, got float16"):
         hk.grouped_gemm(a.half(), b.half(), ends, backend="triton")
+
+
+# ---- the whole expert layer ----
+
+# tokens, experts, top_k, width, expert_width: ragged, the smallest, no token, widths that no pack divides, every
+# expert for every token
+LAYERS = [(9, 5, 2, 16, 24), (1, 1, 1, 8, 8), (0, 3, 2, 8, 8), (6, 4, 3, 7, 5), (3, 2, 2, 16, 8)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", LAYERS, ids=str)
+def test_moe_mlp_triton_matches_oracle(sizes, dtype):
+    testing.check_oracle(hk.moe_mlp, mlp(*sizes), dtype, "triton", sizes[0] > 0)
+
+
+def test_moe_mlp_triton_keeps_the_gradients_of_fp32_weights_in_fp32():
+    x, ids, weights, up, down = mlp(9, 5, 2, 16, 24)
+    args = [x.bfloat16(), ids.int(), weights.float(), up.float(), down.float()]
+    testing.check_oracle(hk.moe_mlp, args, None, "triton")
+    leaf = args[3].requires_grad_()
+    hk.moe_mlp(*args, backend="triton").float().sum().backward()
+    assert leaf.grad.dtype == torch.float32 and not torch.equal(leaf.grad, leaf.grad.bfloat16().float())
+
+
+def test_moe_mlp_triton_goes_back_through_a_weight_of_zero():
+    args = mlp(5, 3, 2, 16, 8)
+    args[2][1:3] = 0
+    testing.check_oracle(hk.moe_mlp, args, torch.float32, "triton")
+
+
+def test_moe_mlp_triton_of_some_gradients_gives_those():
+    args = mlp(5, 3, 2, 16, 8, torch.float32)
+    upstream = torch.randn_like(args[0])
+
+    def gradients(*wanted):
+        leaves = [a.clone().requires_grad_() if i in wanted else a for i, a in enumerate(args)]
+        out = hk.moe_mlp(*leaves, backend="triton")
+        return torch.autograd.grad(out, [leaves[i] for i in wanted], upstream)
+
+    for i, want in zip((0, 2, 3, 4), gradients(0, 2, 3, 4)):
+        assert torch.equal(gradients(i)[0], want)
+
+
+def test_moe_mlp_triton_registers_and_compiles_to_one_graph():
+    args = mlp(5, 3, 2, 16, 8, torch.float32)
+    testing.check_registration("moe_mlp", *args, backend="triton")
+    testing.check_fullgraph(hk.moe_mlp, args, "triton")
+
+
+def test_moe_mlp_triton_is_never_chosen_on_the_cpu():
+    args = mlp(5, 3, 2, 16, 8, torch.float32)
+    text = hk.explain(hk.moe_mlp, *args)
+    assert "triton    runs in Triton's interpreter, only by name" in text and "-> triton" not in text
+    with pytest.raises(
+        hk.BackendError, match=r"moe_mlp\[triton\]: computes float32 and bfloat16, got float64"
+    ):
+        hk.moe_mlp(*mlp(5, 3, 2, 16, 8), backend="triton")
 
 
 # ---- what is chosen before a launch ----
