@@ -37,7 +37,7 @@ from hebatron.quickstart.findings import (
     TokenizerRow,
 )
 from hebatron.quickstart.report import render
-from hebatron.quickstart.settings import BASE, Settings, chat_config, run_config
+from hebatron.quickstart.settings import BASE, Settings, chat_config, published, run_config
 from hebatron.report.figures import plot
 from hebatron.report.history import LANGUAGE_NAMES
 from hebatron.sizes import describe
@@ -47,6 +47,7 @@ from hebatron.training.run import open_model
 from hebatron.training.runconfig import curriculum
 from hebatron.training.sections import RunConfig
 from hebatron.training.train import train
+from hebatron_kernels import build_info
 
 STAMP = "quickstart.json"  # marks a folder as ours and says what is in it
 DEFAULT_OUT = Path("runs/quickstart")
@@ -96,15 +97,17 @@ def quickstart(
         out: a new or empty folder; None: runs/quickstart, or the first free one of runs/quickstart-2, -3, ...
         seed: of weights, order of text and samples.
         resume: go on in `out` (None: runs/quickstart), which must hold a quickstart of the same settings.
-        settings, documents, chat_records: another size, other text and other chats than the published ones.
+        settings, documents, chat_records: another size, other text and other chats than the published ones, which
+            depend on the CPU's instruction set.
     """
-    settings = settings or Settings()
+    isa = build_info()["_cpu"].split()[0]
+    settings = settings or published(isa)
     for library in LIBRARIES:
         _require(library)
     documents = texts.gather(seed) if documents is None else documents
     chat_records = chats.installed(seed) if chat_records is None else chat_records
     out = open_folder(out, seed, resume, settings)
-    print(f"hebatron quickstart in {out}: offline, seed {seed}, under 5 minutes on 2 cores")
+    print(f"hebatron quickstart in {out}: offline, seed {seed}, under 5 minutes on 2 cores with {isa}")
     journal = Journal()
     with journal.stage("doctor"):
         diagnosis = examine()
