@@ -128,6 +128,8 @@ struct Block {
   uint32_t number = 0;  // of the launch
   Dim index;
   int slot = 0, live = 0;
+  int one_round_in = 1;  // random mode: its threads are resumed in one round of so many, so that blocks overtake each other
+  bool awake = true;
   uint32_t rank = 0, cluster_size = 1;
   std::vector<Block*> cluster;
   std::shared_ptr<ClusterBarrier> cluster_barrier;

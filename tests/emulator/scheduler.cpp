@@ -134,6 +134,7 @@ void admit_cluster(Launch& launch, size_t first_slot) {
     b.shared = arena + b.slot * kBytesSlot;
     b.bytes_dynamic = b.bytes_used = launch.bytes_dynamic;
     b.live = launch.threads;
+    if (current.mode == Mode::random) b.one_round_in = 1 << (random_number() % 4 * 2);
     b.warps.resize((launch.threads + 31) / 32);
     b.warpgroups.resize((launch.threads + 127) / 128);
     memset(b.shared, 0xff, kBytesSlot);  // NaN in every float format
@@ -209,7 +210,7 @@ void run(Launch& launch) {
   std::vector<Thread*> order;
   int idle_rounds = 0;
   uint64_t progress_before = ~0ull;
-  bool changed = true;
+  bool changed = true, wake = false;
   while (true) {
     for (size_t s = 0; s + launch.cluster <= slots.size() && launch.next < launch.total; s += launch.cluster) {
       if (slots[s]) continue;
@@ -227,9 +228,15 @@ void run(Launch& launch) {
     if (order.empty()) return;
     if (current.seed)
       for (size_t i = order.size() - 1; i > 0; i--) std::swap(order[i], order[random_number() % (i + 1)]);
-    bool worked = false;
+    bool worked = false, skipped = false;
+    for (Block* b : slots)
+      if (b) b->awake = wake || b->one_round_in == 1 || random_chance(b->one_round_in);
     for (Thread* t : order) {
       if (t->done || (t->ready && !t->ready(*t))) continue;
+      if (!t->block->awake) {
+        skipped = true;
+        continue;
+      }
       if (!t->spins) worked = true;
       resume(*t);
       if (current.mode == Mode::random && !deferred.empty() && random_chance(one_in)) run_deferred(pick_deferred());
@@ -246,7 +253,8 @@ void run(Launch& launch) {
       }
       changed = true;
     }
-    if (worked || progress != progress_before) {
+    wake = !worked && (skipped || wake);  // whoever waits may wait for a block that was left alone: all, until one works
+    if (worked || skipped || progress != progress_before) {
       idle_rounds = 0;
     } else if (!deferred.empty()) {
       run_deferred(pick_deferred());

@@ -108,6 +108,51 @@ void run_histogram() {
   bins.expect([](size_t) { return kTiles * 4; });
 }
 
+// ---- units by tickets, of which the later ones read what the earlier ones left: whoever waits waits for blocks that run ----
+enum class Relay { right, one_short };
+
+template <Relay bug>
+__global__ void relay(uint32_t parts, uint32_t sums, uint32_t* ticket, uint32_t* done, float* part, float* out) {
+  HEBATRON_SHARED(uint32_t, unit, 1);
+  const int t = threadIdx.x;
+  const uint32_t enough = bug == Relay::one_short ? parts - 1 : parts;
+  while (true) {
+    if (t == 0) unit[0] = atomic_add(ticket, 1u);
+    block_sync();
+    const uint32_t mine = unit[0];
+    block_sync();
+    if (mine >= parts + sums) return;
+    if (mine < parts) {
+      part[mine * 32 + t] = small(mine);  // LINE: relay.part
+      block_sync();
+      if (t == 0) {
+        fence_gpu();
+        atomic_add(done, 1u);
+      }
+      continue;
+    }
+    if (t == 0)
+      while (load_acquire(done) < enough) {
+      }
+    block_sync();
+    float sum = 0;
+    for (uint32_t p = 0; p < parts; p++) sum += part[p * 32 + t];  // LINE: relay.read
+    out[(mine - parts) * 32 + t] = sum;
+  }
+}
+template <Relay bug>
+void run_relay() {
+  constexpr uint32_t kParts = 16, kSums = 5;
+  Tensor<uint32_t> ticket("ticket", 1), done("done", 1);
+  Tensor<float> part("part", kParts * 32), out("out", kSums * 32);
+  run(relay<bug>, 4, 32, 0, 1, kParts, kSums, ticket.get(), done.get(), part.get(), out.get());
+  out.expect([](size_t) {
+    float sum = 0;
+    for (uint32_t p = 0; p < kParts; p++) sum += small(p);
+    return sum;
+  });
+}
+
 }  // namespace
 
 void add_grid_cases(Cases& cases) {
@@ -116,6 +161,8 @@ void add_grid_cases(Cases& cases) {
   cases.push_back({"last_block/no_release", run_last_block<Last::no_release>});
   cases.push_back({"last_block/no_acquire", run_last_block<Last::no_acquire>});
   cases.push_back({"last_block/no_block_sync", run_last_block<Last::no_block_sync>});
+  cases.push_back({"relay", run_relay<Relay::right>});
+  cases.push_back({"relay/one_short", run_relay<Relay::one_short>});
   cases.push_back({"lookback", run_lookback<Lookback::right>});
   cases.push_back({"lookback/relaxed_flag", run_lookback<Lookback::relaxed_flag>});
   cases.push_back({"lookback/flag_first", run_lookback<Lookback::flag_first>});
