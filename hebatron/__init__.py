@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from .acceleration.accelerate import accelerate
     from .cache import Cache
     from .config import ModelConfig
+    from .decoder import Decoder
     from .model import Hebatron, Output, RouterStats
 
-__all__ = ["Cache", "Hebatron", "ModelConfig", "Output", "RouterStats", "accelerate"]
+__all__ = ["Cache", "Decoder", "Hebatron", "ModelConfig", "Output", "RouterStats", "accelerate"]
 
 _HOMES = {
     "Cache": "cache",
+    "Decoder": "decoder",
     "Hebatron": "model",
     "ModelConfig": "config",
     "Output": "model",

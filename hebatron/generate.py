@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
+from .decoder import one_more_token
+
 if TYPE_CHECKING:
     from .model import Hebatron
 
@@ -25,7 +27,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     seed: int | Sequence[int] = 0,
 ) -> Tensor:
-    """Continue prompts.
+    """Continue prompts. On a GPU a token is one CUDA graph where the backend's forms allow it (`Decoder`).
 
     Args:
         model: any `Hebatron`; its mode and parameters are left alone.
@@ -72,6 +74,7 @@ def generate(
 
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     cache = model.new_cache(rows, longest + max_new_tokens)
+    decode = one_more_token(model, cache)
     end_tokens = torch.tensor(ends, dtype=torch.int64, device=input_ids.device)
     padding = c.pad_token_id if c.pad_token_id is not None else (ends[0] if ends else 0)
     done_B = torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
@@ -84,7 +87,7 @@ def generate(
         done_B = done_B | torch.isin(next_B, end_tokens)
         if count + 1 == max_new_tokens or bool(done_B.all()):
             break
-        logits_BV = last_logits(model(next_B[:, None], cache=cache, logits_to_keep=1).logits)
+        logits_BV = last_logits(decode(next_B))
     return torch.cat(columns, dim=1)
 
 

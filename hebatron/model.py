@@ -486,6 +486,12 @@ class Hebatron(nn.Module):
                 aux.append(stats)
         return self.backbone.norm_f(x_TD), aux
 
+    def next_logits(self, ids_B: Tensor, step: CacheStep) -> Tensor:
+        """fp32 (B, V) behind one more token of each row: tensors in, launches, a tensor out; nothing is checked, and
+        committing the step is the caller's."""
+        with torch.no_grad():
+            return self._logits(self.hidden_states(ids_B, Context(None, step, router_stats=False))[0])
+
     def _check_noise(self, noise: Tensor | None, packed: Packed, flat: bool, cached: bool) -> None:
         if noise is None:
             return
@@ -534,7 +540,8 @@ class Hebatron(nn.Module):
             bias.add_(torch.sign(counts.mean() - counts), alpha=rate)
 
     def new_cache(self, batch_size: int, capacity: int = 0) -> Cache:
-        """An empty cache for `batch_size` sequences; it grows as needed, `capacity` tokens a row are kept ready."""
+        """An empty cache for `batch_size` sequences; it grows as needed, `capacity` tokens a row are kept ready. On a
+        GPU it holds the states of as many rows as the next power of two, for a `Decoder`."""
         return Cache(self.config, batch_size, capacity, self.compute_dtype, self.device)
 
     def train(self, mode: bool = True) -> Self:

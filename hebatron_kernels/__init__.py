@@ -1,7 +1,7 @@
 """Operators on tensors: checks, dispatch, autograd and references. The names exported here are the API."""
 
 from ._check import BackendError
-from ._dispatch import OPERATORS, explain, use_backend
+from ._dispatch import OPERATORS, explain, host_reads, named_backend, use_backend
 from ._native import build_info
 from ._packing import linear_pack, linear_unpack, moe_pack, moe_unpack
 from .attention import attention_decode, attention_prefill
@@ -36,6 +36,7 @@ __all__ = [
     "causal_conv1d_update",
     "explain",
     "grouped_gemm",
+    "host_reads",
     "linear",
     "linear_cross_entropy",
     "linear_pack",
@@ -49,6 +50,7 @@ __all__ = [
     "moe_permute",
     "moe_route",
     "moe_unpack",
+    "named_backend",
     "rms_norm",
     "ssd_scan",
     "ssd_update",

@@ -7,6 +7,8 @@ arguments, and may have two more:
 An operator made with `fake_keep` may have, in place of <op>_bwd, a forward that keeps tensors for its backward:
   <op>_keep(*args) -> (*results, *kept)      called only when a gradient is needed
   <op>_keep_bwd(grads, kept, wanted, *args) -> list as above; an empty tensor where wanted[i] is False
+A form that reads values of the GPU on the host says so in host_reads_<op>(*args) -> None | what; without it a form
+promises to read none, so that it can be captured in a CUDA graph. `reference` always reads.
 A native one with CUDA kernels has one more, kernels_<op>(*args): the files of csrc/cuda that may run; a triton one has
 unproven_<op>(*args) -> None | reason: why it is not chosen unasked. Both ask the evidence table.
 `torch` is a differentiable composite and is called as it is, so autograd and Inductor see through it. The others go
@@ -36,6 +38,7 @@ AUTOMATIC = ("native", "triton", "torch")  # strongest first; reference and emul
 
 _library = torch.library.Library("hebatron", "DEF")
 _forced: str | None = None
+_reading: list[str] | None = None  # of host_reads
 _environment: str | None = os.environ.get("HEBATRON_BACKEND") or None
 OPERATORS: dict[str, Operator] = {}
 
@@ -60,6 +63,20 @@ def use_backend(backend: str | None) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+@contextmanager
+def host_reads() -> Iterator[list[str]]:
+    """Collects which operators called inside read values of the GPU on the host, as "<op>[<backend>]: <what>".
+
+    Such a call waits for the GPU and cannot be captured in a CUDA graph; an empty list says that all can.
+    """
+    global _reading
+    before, _reading = _reading, []
+    try:
+        yield _reading
+    finally:
+        _reading = before
 
 
 def named_backend(argument: str | None = None) -> str | None:
@@ -212,6 +229,13 @@ class Operator:
             )
         return reason
 
+    def host_read(self, backend: str, args: Sequence[Any]) -> str | None:
+        """What this backend reads of the GPU on the host, or None."""
+        if backend == "reference":
+            return "loops over values on the host"
+        reads = self._form(backend, f"host_reads_{self.name}")
+        return None if reads is None else reads(*args)
+
     def choose(self, args: Sequence[Any], backend: str | None) -> str:
         """The backend of this call: the argument, use_backend, HEBATRON_BACKEND, then the first that supports it."""
         named = named_backend(backend)
@@ -229,6 +253,10 @@ class Operator:
         if len(args) != self.arity:
             raise TypeError(f"{self.name}: takes {self.arity} arguments, got {len(args)}")
         choice = self.choose(args, backend)
+        if _reading is not None:
+            reads = self.host_read(choice, args)
+            if reads is not None:
+                _reading.append(f"{self.name}[{choice}]: {reads}")
         wants_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         if wants_grad and not self.differentiable:
             raise ValueError(f"{self.name}: arguments must not require a gradient (it has no derivative)")

@@ -6,6 +6,7 @@ from collections.abc import Generator
 
 import torch
 
+from ..decoder import one_more_token
 from ..evaluation.complete import TextStream
 from ..generate import check_sampling, choose, last_logits
 from ..model import Hebatron
@@ -63,6 +64,7 @@ class Conversation:
 
     def _forget(self) -> None:
         self._cache = self.model.new_cache(1)
+        self._decode = one_more_token(self.model, self._cache)
         # what the model has been given or wrote; the cache holds the first of these tokens, and never others
         self._ids: list[int] = []
         self._text = ""
@@ -94,11 +96,7 @@ class Conversation:
                     yield stream.add(token)
             yield stream.finish()
         except KeyboardInterrupt:
-            self._cache, self._ids, self._text = (
-                self.model.new_cache(1),
-                [],
-                "",
-            )  # a step may have died half way
+            self._forget()  # a step may have died half way
             raise
         finally:
             content = self.tokenizer.decode(answer, skip_special=False)
@@ -117,13 +115,13 @@ class Conversation:
         Where the rendering does not go on from what was said, the whole of it is given anew: a template that knows
         nothing of truncate_history_thinking leaves earlier reasoning out, and most trim an answer's white space.
         """
-        before = (self._cache, self._ids, self._text)
+        before = (self._cache, self._decode, self._ids, self._text)
         if not prompt.startswith(self._text):
             self._forget()
         self._ids = self._ids + self.tokenizer.encode(prompt[len(self._text) :], special=True)
         self._text = prompt
         if self._room() < 1:
-            self._cache, self._ids, self._text = before
+            self._cache, self._decode, self._ids, self._text = before
             limit = self.model.config.max_position_embeddings
             raise ValueError(
                 f"chat: a conversation must stay below max_position_embeddings ({limit}) tokens, got more; /reset"
@@ -134,6 +132,9 @@ class Conversation:
 
     def _next(self) -> int:
         """Feed what the cache does not hold yet, and choose the token behind it."""
-        new = torch.tensor([self._ids[self._cache.lengths[0] :]], device=self.model.device)
-        logits_1V = last_logits(self.model(new, cache=self._cache, logits_to_keep=1).logits)
-        return int(choose(logits_1V, *self._sampling, [self._generator]))
+        new = torch.tensor(self._ids[self._cache.lengths[0] :], device=self.model.device)
+        if len(new) == 1:
+            logits = self._decode(new)
+        else:
+            logits = self.model(new[None], cache=self._cache, logits_to_keep=1).logits
+        return int(choose(last_logits(logits), *self._sampling, [self._generator]))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Cache
+from ..decoder import one_more_token
 from ..generate import check_sampling, choose, last_logits
 from ..model import Hebatron
 from ..tokenizer import Tokenizer
@@ -145,19 +146,20 @@ def _continue(
     stop: Sequence[str],
 ) -> None:
     cache = model.new_cache(len(rows), max(len(row.ids) for row in rows) + max_new_tokens)
-    new = [row.ids for row in rows]
-    for _ in range(max_new_tokens):
-        logits_BV = last_logits(_feed(model, cache, new))
+    decode = one_more_token(model, cache)
+    logits = _feed(model, cache, [row.ids for row in rows])
+    for count in range(max_new_tokens):
+        logits_BV = last_logits(logits)
         chosen_B = choose(logits_BV, *choosing, [row.generator for row in rows])
         for row, token in zip(rows, chosen_B.tolist(), strict=True):
             row.add(token, ends, stop)
         staying = [i for i, row in enumerate(rows) if not row.ended]
-        if not staying:
+        if not staying or count + 1 == max_new_tokens:
             return
         if len(staying) < len(rows):
             cache.reorder(staying)
         rows = [rows[i] for i in staying]
-        new = [[int(chosen_B[i])] for i in staying]
+        logits = decode(chosen_B[staying])
 
 
 def _feed(model: Hebatron, cache: Cache, new: Sequence[Sequence[int]]) -> Tensor | None:

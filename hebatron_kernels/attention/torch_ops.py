@@ -32,6 +32,12 @@ class Segment(NamedTuple):
     triangle: bool  # query i sees exactly keys 0..i: the form that needs no mask
 
 
+def host_reads_attention_prefill(
+    q_THP: Tensor, k_SHkP: Tensor, v_SHkP: Tensor, cu_seqlens_q: Tensor | None, *others: object
+) -> str | None:
+    return "cu_seqlens" if cu_seqlens_q is not None and q_THP.is_cuda else None
+
+
 def attention_prefill(
     q_THP: Tensor,
     k_SHkP: Tensor,

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .. import _native
 from .._packing import unpack
 
 _grouped_mm: Any = (
@@ -70,6 +71,10 @@ def supports_grouped_gemm(*args: object) -> str | None:
     )
 
 
+def host_reads_grouped_gemm(a_ND: Tensor, b_EKN: Tensor, *others: object) -> str | None:
+    return _reads_offsets(a_ND, b_EKN)
+
+
 def grouped_gemm(
     a_ND: Tensor,
     b_EKN: Tensor,
@@ -111,6 +116,12 @@ def moe_combine_norm(
         sum_TD = sum_TD if added_TD is None else sum_TD + added_TD
     normed_TD = F.rms_norm(sum_TD.to(compute), sum_TD.shape[1:], eps=eps)
     return (normed_TD * norm_D.to(compute)).to(rows_ND.dtype), sum_TD
+
+
+def host_reads_moe_mlp(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor
+) -> str | None:
+    return _reads_offsets(x_TD, up_EFD) or _reads_offsets(x_TD, down_EDF)
 
 
 def moe_mlp(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -167,6 +178,22 @@ def _fits(like: Tensor, *sizes: int) -> bool:
     """grouped_mm wants widths and strides that are multiples of 16 bytes."""
     per_16_bytes = 16 // like.element_size()
     return like.dtype != torch.float64 and all(n % per_16_bytes == 0 for n in sizes)
+
+
+def _reads_offsets(a_NK: Tensor, b_EKM: Tensor) -> str | None:
+    """Why the experts' ends are read on the host, or None."""
+    if not a_NK.is_cuda:
+        return None
+    fits = _fits(a_NK, *b_EKM.shape[1:], *(s for s in b_EKM.stride() if s != 1))
+    return offsets_read(a_NK.dtype, _native.arch_of(a_NK.get_device()), fits)
+
+
+def offsets_read(dtype: torch.dtype, arch: str, fits: bool) -> str | None:
+    """grouped_mm has a kernel for bf16 on compute capability 9.x and 10.x (torch 2.10); elsewhere it copies the ends to
+    the host and loops, as the loop here does."""
+    if fits and dtype == torch.bfloat16 and arch in ("sm_90", "sm_100", "sm_103"):
+        return None
+    return f"the experts' ends: torch's grouped_mm has no kernel for {str(dtype).removeprefix('torch.')} on {arch}"
 
 
 def _dense(b_EKM: Tensor) -> bool:
