@@ -4,6 +4,7 @@
         [--rivals NAME ...] [--rounds 9] [--seconds 40] [--out FILE.json]
     python bench/bench_model.py --prepare       writes the checkpoint and GGUF files into build/bench (minutes, once)
     python bench/bench_model.py --what floors   the real sizes on an H100, computed; needs no GPU
+    python bench/bench_model.py --device cuda   30B-A3B on a GPU against dense models (bench_model_cuda.py)
 
 The shape is `scaled_570m` with random weights, one file for all rivals; each is a process of its own (bench/rivals.py)
 and has its turn in every round, so that ratios are of neighbours in time. A rival that would take more than --seconds
@@ -274,8 +275,14 @@ def gain(case: Case, ops: dict[str, list[floors.Op]], rounds: int, seconds_each:
 
 
 def main() -> None:
+    where = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    where.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: bench_model_cuda.py")
+    if where.parse_known_args()[0].device == "cuda":
+        from bench_model_cuda import main as on_a_gpu
+
+        raise SystemExit(on_a_gpu())
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, parents=[where], formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--what", nargs="+", choices=KINDS, default=["prefill", "decode"])
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="cases whose name holds one")

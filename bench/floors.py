@@ -71,9 +71,10 @@ class Transformer:
     vocab: int
     windowed: int = 0
     window: int = 0
+    tied: bool = False  # its head is its table of embeddings
 
 
-GEMMA_27B = Transformer("Gemma-3-27B", 62, 5376, 32, 16, 128, 21504, 262144, 52, 1024)
+GEMMA_27B = Transformer("Gemma-3-27B", 62, 5376, 32, 16, 128, 21504, 262144, 52, 1024, tied=True)
 MISTRAL_24B = Transformer("Mistral-Small-24B", 40, 5120, 32, 8, 128, 32768, 131072)
 
 
@@ -220,8 +221,8 @@ def bytes_per_sequence(model: ModelConfig | Transformer, context: int) -> float:
 def bytes_of_weights(model: ModelConfig | Transformer) -> float:
     if isinstance(model, ModelConfig):
         return 2 * count_parameters(model).total
-    tables = model.vocab * model.width * (1 if model is GEMMA_27B else 2)  # Gemma ties its embeddings
-    return streamed(forward(model, Work(1, 1))) - 2 * model.vocab * model.width + 2 * tables
+    one_table = 2 * model.vocab * model.width
+    return streamed(forward(model, Work(1, 1))) + (0 if model.tied else one_table)
 
 
 # what is asked of the model: name, work

@@ -43,7 +43,7 @@ Check = dict[str, Any]
 
 class Run:
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
-        self.dry, self.work, self.commit = options.dry_run, work, options.commit or _commit()
+        self.dry, self.work, self.commit = options.dry_run, work, options.commit or tree_commit()
         self.deadline = 0.0
         self.checks: list[Check] = []
         self.steps: list[dict[str, Any]] = []
@@ -94,7 +94,7 @@ class Run:
             )
 
 
-def _commit() -> str:
+def tree_commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
@@ -389,8 +389,9 @@ def main() -> int:
         perform(run, [name for name in STEPS if name in wanted], options.seconds, options.keep)
     failed = sum(not check["passed"] for check in run.checks)
     label = "DRY RUN: " if run.dry else ""
-    passed = len(run.checks) - failed
-    print(f"{label}{passed} of {len(run.checks)} checks passed, {len(run.skipped)} things skipped")
+    passed = f"{len(run.checks) - failed} of {len(run.checks)} checks passed"
+    print(f"{label}{passed}, {len(run.skipped)} things skipped")
+    print("whole models, in 8 minutes more: python bench/bench_model.py --device cuda")
     print(f"{label}{'FAILED' if failed else 'passed'} in {time.monotonic() - begin:.0f} s")
     return 1 if failed else 0
 

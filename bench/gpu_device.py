@@ -74,17 +74,22 @@ class Device:
 
     def times(self, rivals: dict[str, Call], repeats: int) -> dict[str, Times]:
         """Medians of every rival, all of them in turn in each round."""
-        prepared = {name: self._prepare(call) for name, call in rivals.items()}
-        taken: dict[str, list[float]] = {name: [] for name in rivals}
+        prepared = {name: self.prepare(call) for name, call in rivals.items()}
+        taken = self.rounds({name: call for name, (call, _) in prepared.items()}, repeats)
+        return {name: summary(taken[name], prepared[name][1]) for name in rivals}
+
+    def rounds(self, calls: dict[str, Call], repeats: int) -> dict[str, list[float]]:
+        """Milliseconds of every call, all of them in turn in each round, behind a flush each."""
+        taken: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(repeats):
             if not self.cuda:
-                for name, (call, _) in prepared.items():
+                for name, call in calls.items():
                     begin = time.perf_counter()
                     call()
                     taken[name].append(1e3 * (time.perf_counter() - begin))
                 continue
             events = {}
-            for name, (call, _) in prepared.items():
+            for name, call in calls.items():
                 self.flush()
                 events[name] = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
                 events[name][0].record()
@@ -93,9 +98,9 @@ class Device:
             torch.cuda.synchronize()
             for name, (begin_event, end_event) in events.items():
                 taken[name].append(begin_event.elapsed_time(end_event))
-        return {name: _times(taken[name], prepared[name][1]) for name in rivals}
+        return taken
 
-    def _prepare(self, call: Call) -> tuple[Call, bool]:
+    def prepare(self, call: Call) -> tuple[Call, bool]:
         """The replay of a graph of the call, or the call itself where it cannot be captured (it synchronises)."""
         for _ in range(2):
             call()
@@ -104,7 +109,8 @@ class Device:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # a capture that fails leaves its own stream the current one: the outer context puts the old one back
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 call()
         except RuntimeError as error:
             print(f"    not captured, timed with its launches: {str(error).splitlines()[0][:100]}")
@@ -124,7 +130,7 @@ class Device:
         )
 
 
-def _times(taken: list[float], graph: bool) -> Times:
+def summary(taken: list[float], graph: bool) -> Times:
     ordered = sorted(taken)
     last = len(ordered) - 1
     return Times(
