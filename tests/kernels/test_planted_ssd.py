@@ -22,6 +22,27 @@ def one_chunk(grad=False):
     testing.check_oracle(hk.ssd_scan, [*make(40, 2, 8, 1, 8), 64], torch.bfloat16, "emulator", grad)
 
 
+def gradients():
+    """Heads and slices of a head in one group, chunks of one sequence, short sequences and an empty one."""
+    args = [*make(70, 2, 72, 1, 16, [0, 3, 3, 70]), 64]
+    testing.check_oracle(hk.ssd_scan, args, torch.bfloat16, "emulator")
+
+
+def gradients_in_little_memory():
+    with testing.emulate(bytes_shared=99 * 1024):
+        gradients()
+
+
+def gradients_of_segments():
+    scan(True)
+
+
+def gradients_within_limits():
+    args = [*make(20, 2, 8, 1, 8), 64]
+    args[7] = (0.2, 0.6)
+    testing.check_oracle(hk.ssd_scan, args, torch.bfloat16, "emulator")
+
+
 def large_step():
     """Twenty steps of a log decay of -192 each: what is left behind them is the second part of the logs alone."""
     args = cast([*make(40, 1, 8, 1, 8), 64], torch.float32)
@@ -96,6 +117,83 @@ BUGS = {
         "h[e] += added[i][e];",
         scan,
         "",
+    ),
+    "backward: the token itself among the pairs its decay stands between": (
+        "cuda/ssd_scan_bwd.cu",
+        "within[0] += column < row + g ?",
+        "within[0] += column <= row + g ?",
+        gradients,
+        "grad",
+    ),
+    "backward: a head's steps over those still read": (
+        "cuda/ssd_scan_bwd.cu",
+        "mine.write(steps[unit / slices % 2]);",
+        "mine.write(steps[0]);",
+        gradients,
+        "shared memory",
+    ),
+    "backward: sums of one unit over those of the last": (
+        "cuda/ssd_scan_bwd.cu",
+        "Sums<T>& to = sums[unit % 2];",
+        "Sums<T>& to = sums[0];",
+        gradients,
+        "data race in shared memory|nobody wrote",
+    ),
+    "backward: one stage, and the next unit's tiles over those still read": (
+        "cuda/ssd_scan_bwd.cu",
+        "        sync();\n        load_unit(unit + 1);",
+        "        load_unit(unit + 1);",
+        gradients_in_little_memory,
+        "data race in shared memory",
+    ),
+    "backward: two stages, and the next unit's tiles over those still read": (
+        "cuda/ssd_scan_bwd.cu",
+        "      sync();  // the unit's tiles and steps are here, and nobody reads the last one's any more\n",
+        "",
+        gradients,
+        "data race in shared memory",
+    ),
+    "backward: a second head goes on with the first one's sums": (
+        "cuda/ssd_scan_bwd.cu",
+        "if (unit % slices == 0) total",
+        "if (unit == 0) total",
+        gradients,
+        "grad",
+    ),
+    "backward: rows past the sequence's last": (
+        "cuda/ssd_scan_bwd.cu",
+        "               at.tokens - row, int(a.state_dim) - column_S);",
+        "               16, int(a.state_dim) - column_S);",
+        gradients,
+        "past the end of grad_B",
+    ),
+    "backward: what a state's entry decays to counted whole": (
+        "cuda/ssd_scan_bwd.cu",
+        "double(carried * exp2_approx(float(step.total)))",
+        "double(carried)",
+        gradients,
+        "grad",
+    ),
+    "backward: empty chunks leave what the workspace held": (
+        "cuda/ssd_scan_bwd.cu",
+        "    for (int i = threadIdx.x; i < count; i += kGradThreads)",
+        "    for (int i = threadIdx.x; i < 0; i += kGradThreads)",
+        gradients,
+        "grad|workspace",
+    ),
+    "backward: gradients of states walk to the sequence's end": (
+        "cuda/ssd_segments.cuh",
+        "(w.back ? count - 1 - turn : turn)",
+        "turn",
+        gradients_of_segments,
+        "grad",
+    ),
+    "backward: a step at its limit has a gradient": (
+        "cuda/ssd_scan_bwd.cu",
+        "if (open >= float(a.dt_min) && open <= float(a.dt_max))",
+        "if (open >= float(a.dt_min))",
+        gradients_within_limits,
+        "grad",
     ),
 }
 
