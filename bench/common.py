@@ -71,6 +71,9 @@ OTHERS = {
     "ssd_update": ("ssd", "update"),
 }
 
+# The Triton forms by their names in the evidence table (hebatron_kernels._triton.kernel), with their tests as above.
+TRITON = {"moe/triton": ("triton", ""), "ssd/triton": ("triton_ssd", "")}
+
 
 def grouped_gemm_forms(
     compiled: Iterable[str], compute_capability: int, table: Forms = GROUPED_GEMM

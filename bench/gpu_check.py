@@ -30,14 +30,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import gpu_tiles
-from common import GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD, OTHERS, ROOT
+from common import GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD, OTHERS, ROOT, TRITON
 from gpu_table import README, RESULTS, generated, rewritten
 
 BENCH = ROOT / "bench"
 # Seconds of each step; together under 10 minutes on 16 cores and one H100 or H200.
 SECONDS = {"build": 150, "conformance": 70, "tests": 150, "sanitizer": 90, "timings": 120, "record": 10}
-# hebatron_kernels._triton.kernel("moe"); not imported: the first step builds the package
-TRITON = "moe/triton"
 Check = dict[str, Any]
 
 
@@ -168,12 +166,14 @@ def conformance(run: Run) -> str:
 def tests(run: Run) -> str:
     """One pytest process a kernel, side by side; each leaves a line of JSON for every test it began and ended."""
     grouped, gradients = (f"tests/gpu/test_gpu_grouped_gemm{part}.py" for part in ("", "_gradients"))
-    jobs = [(kernel, f"tests/gpu/test_gpu_{noun}.py", select) for kernel, (noun, select) in OTHERS.items()]
+    jobs = [
+        (kernel, f"tests/gpu/test_gpu_{noun}.py", select)
+        for kernel, (noun, select) in (OTHERS | TRITON).items()
+    ]
     jobs += [(kernel, grouped, name) for name, (kernel, _) in GROUPED_GEMM.items()]
     for way, table in (("way_back", GROUPED_GEMM_DGRAD), ("wgrad", GROUPED_GEMM_WGRAD)):
         jobs += [(kernel, gradients, f"{name} and {way}") for name, (kernel, _) in table.items()]
-    jobs.append((TRITON, "tests/gpu/test_gpu_triton.py", ""))
-    jobs = [job for job in jobs if (run.dry and job[0] != TRITON) or job[0] in run.facts["kernels"]]
+    jobs = [job for job in jobs if (run.dry and job[0] not in TRITON) or job[0] in run.facts["kernels"]]
     jobs += [("grouped_gemm", grouped, "automatic"), ("model", "tests/gpu/test_gpu_model.py", "")]
     if run.dry:  # a hang has no name there, and a process costs more than its tests
         jobs = [(Path(file).stem, file, "") for file in dict.fromkeys(file for _, file, _ in jobs)]
@@ -240,7 +240,7 @@ def timings(run: Run) -> str:
     out = run.work / "timings.json"
     words = [str(BENCH / "gpu_kernels.py"), "--seconds", str(run.left() - 10), "--out", str(out)]
     broken = {check["kernel"] for check in run.checks if check["check"] == "values" and not check["passed"]}
-    named = {"triton": {TRITON}} | {name: {name} for name in OTHERS}
+    named = {name: {name} for name in (*OTHERS, *TRITON)}
     for table in (GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD):
         for name, (kernel, _) in table.items():
             named.setdefault(name, set()).add(kernel)

@@ -239,9 +239,9 @@ def main() -> None:
     found["idle_clocks"] = clocks.between(begin, time.monotonic())
     kernels = {name: built["digest"] for name, built in _native.cuda_module.kernels().items()}
     compilers = {}
-    if _triton.version:
-        kernels[_triton.kernel("moe")], compilers[_triton.kernel("moe")] = (
-            _triton.digest("moe"),
+    for noun in _triton.NOUNS if _triton.version else ():
+        kernels[_triton.kernel(noun)], compilers[_triton.kernel(noun)] = (
+            _triton.digest(noun),
             _triton.compiler(),
         )
     facts = {

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import OTHERS
+from common import OTHERS, TRITON
 from gpu_device import Call, Ceilings, Clocks, Device, as_row, machine
 from gpu_problems import TINY, Problem, Sizes
 from gpu_problems_attention import attentions, projections
@@ -104,7 +104,7 @@ def kernel_of(problem: Problem, rival: str) -> str | None:
     if rival == "ours":
         return problem.kernel
     if rival == "triton":
-        return _triton.kernel("moe")
+        return _triton.kernel("ssd" if problem.kernel.startswith("ssd") else "moe")
     implementation = rival.partition(":")[0]
     return problem.forms[implementation][0] if implementation in problem.forms else None
 
@@ -156,9 +156,11 @@ def leave_out(problem: Problem, names: set[str]) -> None:
     forms = {"sm90a", "sm80"}
     layer = {"moe", "moe_permute", "moe_combine", *forms}
     chosen = {"grouped_gemm": forms, "grouped_gemm_wgrad": forms, "moe": layer}
+    chosen["ssd_scan_bwd"] = {"ssd_scan", "ssd_scan_bwd"}  # both ways
     choice = chosen.get(problem.kernel, {problem.kernel})
     for rival in list(problem.rivals):
-        if rival.partition(":")[0] in names or (rival == "ours" and choice & names):
+        name = kernel_of(problem, rival) if rival == "triton" else rival.partition(":")[0]
+        if name in names or (rival == "ours" and choice & names):
             del problem.rivals[rival]
 
 
@@ -187,7 +189,7 @@ def main() -> int:
         "--without",
         action="append",
         default=[],
-        help=f"leave this out: {', '.join(OTHERS)}, sm90a, sm80, cutlass, triton",
+        help=f"leave this out: {', '.join((*OTHERS, *TRITON))}, sm90a, sm80, cutlass",
     )
     options = parser.parse_args()
     if options.device == "cuda" and (not torch.cuda.is_available() or _native.cuda_module is None):

@@ -16,6 +16,8 @@ from common import GROUPED_GEMM, Forms
 from gpu_device import Call
 from torch import Tensor
 
+from hebatron_kernels import _triton
+
 BF16 = torch.bfloat16
 
 
@@ -75,8 +77,13 @@ class Problem:
 Maker = Callable[[], Problem]
 
 
-def by_backend(device: torch.device, call: Callable[..., object]) -> dict[str, Call]:
+def by_backend(
+    device: torch.device, call: Callable[..., object], triton: Tensor | None = None
+) -> dict[str, Call]:
+    """The forms of an operator that a device has; of Triton where a tensor like this one can go there."""
     backends = {"native": "ours", "torch": "torch form"} if device.type == "cuda" else {"torch": "torch form"}
+    if device.type == "cuda" and triton is not None and _triton.refusal(triton) is None:
+        backends["triton"] = "triton"
     return {name: partial(call, backend=backend) for backend, name in backends.items()}
 
 

@@ -11,7 +11,6 @@ from gpu_problems_gemm import stored
 from torch import Tensor
 
 import hebatron_kernels as hk
-from hebatron_kernels import _triton
 
 MOST_OF_DECODE = 128  # tokens that one launch serves when nothing is kept for a backward
 
@@ -79,7 +78,4 @@ def mlp(
     flops = (3 if backward else 1) * 4.0 * ids_TK.numel() * sizes.width * sizes.expert_width
     case = f"{tokens} uniform" + (" forward and backward" if backward else "")
     kernel = "moe_decode" if tokens <= MOST_OF_DECODE and not backward else "moe"
-    rivals = by_backend(device, call)
-    if device.type == "cuda" and _triton.refusal(x) is None:
-        rivals["triton"] = partial(call, backend="triton")
-    return Problem(kernel, case, bytes_moved, flops, rivals, "torch form")
+    return Problem(kernel, case, bytes_moved, flops, by_backend(device, call, x), "torch form")

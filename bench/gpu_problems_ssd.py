@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from gpu_problems import Maker, Problem, Sizes, by_backend
+from gpu_problems import Maker, Problem, Sizes, by_backend, gradients
 
 import hebatron_kernels as hk
 
@@ -23,7 +23,9 @@ def scans(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
     for sequences in (64, 1):
         yield f"ssd_update {sequences}", partial(update, device, heads, sequences)
     for tokens, sequences in ((sizes.tokens_once, 1), (sizes.tokens[0], 1), (sizes.tokens[0] * 8, 8)):
-        yield f"ssd_scan {tokens} in {sequences}", partial(scan, device, heads, tokens, sequences)
+        for backward in (False, True):
+            name = f"ssd_scan {tokens} in {sequences}"
+            yield name, partial(scan, device, heads, tokens, sequences, backward)
 
 
 def inputs(device: torch.device, heads: int, rows: int) -> list[torch.Tensor]:
@@ -53,15 +55,22 @@ def update(device: torch.device, heads: int, sequences: int) -> Problem:
     )
 
 
-def scan(device: torch.device, heads: int, tokens: int, sequences: int) -> Problem:
+def scan(device: torch.device, heads: int, tokens: int, sequences: int, backward: bool) -> Problem:
     args = inputs(device, heads, tokens)
     cu_seqlens = torch.arange(sequences + 1, device=device, dtype=torch.int32) * (tokens // sequences)
-    call = partial(hk.ssd_scan, *args, (0.0, float("inf")), cu_seqlens)
+    args = (*args, (0.0, float("inf")), cu_seqlens)
+    call = partial(gradients, hk.ssd_scan, args) if backward else partial(hk.ssd_scan, *args)
     x, dt, _, B, C = args[:5]
-    bytes_moved = 4.0 * x.numel() + 2.0 * (dt.numel() + B.numel() + C.numel())
-    bytes_moved += 4.0 * sequences * heads * HEAD_DIM * STATE
+    rows = x.numel() + dt.numel() + B.numel() + C.numel()
+    bytes_moved = 2.0 * (rows + x.numel()) + 4.0 * sequences * heads * HEAD_DIM * STATE
     # of a token and head: C h, the state's update, half of the chunk's pairs twice, one time for all heads of a group
-    pairs = CHUNK * (STATE * min(GROUPS, heads) / heads + HEAD_DIM)
-    flops = tokens * heads * (4.0 * HEAD_DIM * STATE + pairs)
-    case = f"{tokens} tokens in {sequences}"
-    return Problem("ssd_scan", case, bytes_moved, flops, by_backend(device, call), "torch form")
+    shared = min(GROUPS, heads) / heads
+    flops = tokens * heads * (4.0 * HEAD_DIM * STATE + CHUNK * (STATE * shared + HEAD_DIM))
+    if (
+        backward
+    ):  # inputs and the gradient of y again, the gradients; five products with states, five among pairs
+        bytes_moved += 2.0 * (2 * rows + x.numel())
+        flops += tokens * heads * (10.0 * HEAD_DIM * STATE + CHUNK * (3 * STATE * shared + 2 * HEAD_DIM))
+    case = f"{tokens} tokens in {sequences}" + (" forward and backward" if backward else "")
+    kernel = "ssd_scan_bwd" if backward else "ssd_scan"
+    return Problem(kernel, case, bytes_moved, flops, by_backend(device, call, x), "torch form")

@@ -4,7 +4,7 @@ for the Triton kernels, which launch through it: each tensor is one allocation t
     python bench/gpu_sanitize.py [--seconds 80] [--out checks.json]
     python bench/gpu_sanitize.py --kernel norm       what runs inside a tool: one kernel's cases, compared with numpy
     python bench/gpu_sanitize.py --kernel norm --stand-in emulator     the same on the emulator's checked build
-    TRITON_INTERPRET=1 python bench/gpu_sanitize.py --kernel moe/triton --stand-in interpreter
+    TRITON_INTERPRET=1 python bench/gpu_sanitize.py --kernel ssd/triton --stand-in interpreter
 
 Memory comes from the driver, one allocation a tensor: torch's allocator would hide accesses beyond a tensor's end, and
 its own kernels would fill the report. Shapes are ragged and small: a tool slows a kernel down a hundredfold.
@@ -32,12 +32,12 @@ from gpu_sanitize_attention import CASES as ATTENTION
 from gpu_sanitize_gemm import FORMS, grouped_cases
 from gpu_sanitize_moe import CASES as MOE
 from gpu_sanitize_ssd import CASES as SSD
+from gpu_sanitize_triton import CASES as TRITON
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
-TRITON = "moe/triton"
 CASES = MOE | ATTENTION | SSD
-KERNELS = ("norm", *FORMS, *CASES, TRITON)
+KERNELS = ("norm", *FORMS, *CASES, *TRITON)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERROR_EXIT = 86
 Floats = NDArray[np.float32]
@@ -238,50 +238,6 @@ def _norm(run: Runner, random: np.random.Generator, form: str, rows: int, width:
         run.compare("grad_gate", grad_gate, dv * u * sigmoid * (1 + other * (1 - sigmoid)))
 
 
-def triton_cases(device: str) -> Iterator[str]:
-    """Every size of the blocks, both layouts of b, forward and gradients."""
-    sys.path.insert(0, str(ROOT))
-    import torch
-
-    from hebatron_kernels.moe import triton_kernels as kernels
-
-    torch.manual_seed(0)
-    sizes = [(torch.bfloat16, mean) for mean in (8, 25, 70, 130)] + [
-        (torch.float32, mean) for mean in (8, 40)
-    ]
-    for dtype, mean in sizes:
-        for by_output in (True, False):
-            counts, tail, width, outputs = [0, 1, 2 * mean + 5, 0, 2 * mean], 3, 136, 264
-            rows, source = sum(counts) + tail, 50
-            a = torch.randn(source, width).to(dtype)
-            stored = (len(counts), outputs, width) if by_output else (len(counts), width, outputs)
-            b, ends = (torch.randn(stored) * width**-0.5).to(dtype), torch.tensor(counts).cumsum(0).int()
-            taken, scale = torch.randint(source, (rows,)).int(), torch.rand(rows) + 0.5
-            grad = torch.randn(rows, outputs).to(dtype)
-            # moved as they are stored: torch's own kernels run nowhere
-            a_, b_, ends_, taken_, scale_, grad_ = (t.to(device) for t in (a, b, ends, taken, scale, grad))
-            b_, b = (t.transpose(1, 2) if by_output else t for t in (b_, b))
-            out = kernels.product(a_, b_, ends_, taken_, scale_, "relu2")
-            grad_h, grad_scale = kernels.product_grad(grad_, a_, b_, ends_, taken_, scale_, "relu2")
-            grad_b = kernels.weight_grad(a_, grad_, ends_, taken_)
-            chosen, experts = a[taken.long()].float(), torch.bucketize(torch.arange(rows), ends, right=True)
-            used = experts < len(counts)
-            h = torch.einsum("nk,nkm->nm", chosen, b.float()[experts.clamp(max=len(counts) - 1)])
-            h, g = h * used[:, None], grad.float() * used[:, None]
-            one_hot = torch.nn.functional.one_hot(experts, len(counts) + 1)[:, :-1].float()
-            wanted = {
-                "out": (out, h.relu() ** 2 * scale[:, None]),
-                "grad_h": (grad_h, 2 * h.relu() * g * scale[:, None]),
-                "grad_scale": (grad_scale, (g * h.relu() ** 2).sum(1)),
-                "grad_b": (grad_b, torch.einsum("ne,nk,nm->ekm", one_hot, chosen, g)),
-            }
-            for name, (got, want) in wanted.items():
-                error = ((got.cpu().float() - want).abs().max() / want.abs().max()).item()
-                if not error <= (2e-2 if dtype == torch.bfloat16 else 1e-4):
-                    raise AssertionError(f"{name}: error {error:.2e} of the largest value")
-            yield f"{dtype} {mean} rows an expert{' by output' if by_output else ''}"
-
-
 @cache
 def card_of(stand_in: bool) -> Card | Emulator:
     return Emulator() if stand_in else Card()
@@ -295,8 +251,9 @@ def dtype_cases(kernel: str, runner: Callable[[str], Runner], random: np.random.
 
 
 def cases_of(kernel: str, stand_in: bool) -> Iterator[str]:
-    if kernel == TRITON:
-        return triton_cases("cpu" if stand_in else "cuda")
+    if kernel in TRITON:
+        sys.path.insert(0, str(ROOT))
+        return TRITON[kernel]("cpu" if stand_in else "cuda")
     card = card_of(stand_in)
     if kernel not in card.kernels():
         raise FileNotFoundError(f"the module is without {kernel}, it has {', '.join(card.kernels())}")
@@ -386,7 +343,7 @@ def main() -> int:
         return 0
     from common import save_checks
 
-    kernels = Card().kernels() + ([TRITON] if importlib.util.find_spec("triton") else [])
+    kernels = Card().kernels() + (list(TRITON) if importlib.util.find_spec("triton") else [])
     checks = sanitize(kernels, options.seconds)
     for row in checks:
         print(f"  {row['check']:<9} {row['kernel']:<22} {'ok' if row['passed'] else row['detail']}")

@@ -19,6 +19,7 @@ from torch import Tensor
 from . import _evidence, _native
 
 DTYPES = (torch.float32, torch.bfloat16)
+NOUNS = ("moe", "ssd")  # with a Triton form
 
 
 def _installed() -> str:

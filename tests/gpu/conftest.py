@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hebatron_kernels import _native, testing
+from hebatron_kernels import _native, _triton, testing
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 KERNELS, MODEL = (
@@ -76,6 +76,15 @@ def gpu(place):
     if place.device != "cuda":
         pytest.skip("the emulator has no streams, graphs or card memory")
     return place
+
+
+@pytest.fixture
+def on_triton(gpu):
+    """The GPU, with the Triton form under test; bench/gpu_check.sh takes it as a failure when all tests are skipped."""
+    reason = _triton.refusal(torch.empty(1, device="cuda"))
+    if reason is not None:
+        pytest.skip(reason)
+    return Place("cuda", "triton")
 
 
 @pytest.fixture

@@ -7,18 +7,9 @@ from test_gpu_grouped_gemm import BF16, LARGE, PROBLEMS, arguments
 from test_gpu_moe import LAYERS, mlp_args, moved
 
 import hebatron_kernels as hk
-from hebatron_kernels import _triton, testing
+from hebatron_kernels import testing
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture
-def on_triton(gpu):
-    """The GPU, with the Triton form under test; bench/gpu_check.sh takes it as a failure when all tests are skipped."""
-    reason = _triton.refusal(torch.empty(1, device="cuda"))
-    if reason is not None:
-        pytest.skip(reason)
-    return type(gpu)("cuda", "triton")
 
 
 def call_of(counts, tail, width, outputs, whole=True, dtype=BF16):

@@ -47,6 +47,18 @@ def test_triton_interpreted(noun):
     assert " passed" in output and "skipped" not in output, output
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("noun", FILES)
+def test_triton_cases_of_the_sanitizer_pass_in_the_interpreter(noun):
+    """What compute-sanitizer runs on a GPU, which compares values there too."""
+    reason = lacks()
+    if reason is not None:
+        pytest.skip(reason)
+    words = ["bench/gpu_sanitize.py", "--kernel", f"{noun}/triton", "--stand-in", "interpreter"]
+    status, output = python(*words, TRITON_INTERPRET="1")
+    assert status == 0 and f"{noun}/triton: passed" in output, output[-8000:]
+
+
 def test_triton_kernels_are_imported_at_the_first_call_alone():
     """Whether Triton is loaded by then says nothing of us: torch's compiler imports it where it is installed."""
     found = "any(name.endswith('triton_kernels') for name in sys.modules)"
