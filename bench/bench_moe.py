@@ -4,15 +4,17 @@
 
 `grouped_gemm` is the product alone at the model's expert shape (2,688 x 1,856), weights packed within the call.
 `moe_mlp packed` is moe_mlp_packed, gather, relu^2, routing weights and sum included, against moe_mlp of the torch form
-on bf16 weights. The others are moe_mlp forward, and with its backward, on fp32 weights; the torch form casts them as
-the model did. Each is held against the peak of products, or against reading the weights from DRAM where few rows use
-them; both limits are measured between the rivals. Correctness is checked before timing.
+on bf16 weights. ggml and zentorch stand beside both where they are here; bench/moe_peers.py says what each computes.
+The others are moe_mlp forward, and with its backward, on fp32 weights; the torch form casts them as the model did. Each
+is held against the peak of products, or against reading the weights from DRAM where few rows use them; both
+limits are measured between the rivals. Correctness is checked before timing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import moe_peers
 import torch
 from common import Case, run
 from torch import Tensor
@@ -55,7 +57,11 @@ def products(experts: int, rows: int, reads: bool) -> Case:
         a = torch.randn(experts * rows, width).to(BF16)
         b = torch.empty(experts, outputs, width, dtype=BF16).normal_(std=width**-0.5).transpose(1, 2)
         ends = (torch.arange(experts) + 1).mul(rows).int()
-        return {name: lambda k=k: hk.grouped_gemm(a, b, ends, backend=k) for name, k in BACKENDS.items()}
+        found: dict[str, Callable[[], object]] = {
+            name: lambda k=k: hk.grouped_gemm(a, b, ends, backend=k) for name, k in BACKENDS.items()
+        }
+        ids = torch.arange(experts).repeat_interleave(rows)[:, None]
+        return found | moe_peers.products(a, ids, b.transpose(1, 2))
 
     weights = experts * width * outputs
     name = f"grouped_gemm bfloat16 {experts} experts, {rows} rows each"
@@ -69,11 +75,12 @@ def inference(experts: int, rows: int, reads: bool) -> Case:
         x, ids, weights, up, down = layer(experts * rows // top_k, experts, top_k, *REAL, BF16)
         x = x.to(BF16)
         ahead = [x, ids, weights, hk.moe_pack(up), hk.moe_pack(down), experts, REAL[1]]
-        return {
+        found: dict[str, Callable[[], object]] = {
             "native": lambda: hk.moe_mlp_packed(*ahead),
             "native, not packed ahead": lambda: hk.moe_mlp(x, ids, weights, up, down, backend="native"),
             "torch form": lambda: hk.moe_mlp(x, ids, weights, up, down, backend="torch"),
         }
+        return found | moe_peers.layers(x, ids, up, down, weights)
 
     weights = 2 * experts * REAL[0] * REAL[1]
     name = f"moe_mlp packed bfloat16 {experts} experts, {rows} rows each"
@@ -125,6 +132,7 @@ def check() -> None:
         args = [a.to(dtype) if a.is_floating_point() else a for a in (x, ids, weights, up, down)]
         packed = hk.moe_mlp_packed(*args[:3], hk.moe_pack(args[3]), hk.moe_pack(args[4]), 8, 72)
         assert torch.equal(packed, hk.moe_mlp(*args, backend="native"))
+    moe_peers.check()
 
 
 def cases() -> list[Case]:
@@ -134,4 +142,4 @@ def cases() -> list[Case]:
 
 
 if __name__ == "__main__":
-    run(__doc__, cases, check)
+    run(__doc__, cases, check, absent=moe_peers.absent())

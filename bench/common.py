@@ -219,8 +219,10 @@ def run(
     cases: Callable[[], list[Case]],
     check: Callable[[], None],
     arguments: Sequence[str] | None = None,
+    **more: object,
 ) -> None:
-    """The command line of a bench_<noun>.py: correctness, then the cases whose name holds a text of --only."""
+    """The command line of a bench_<noun>.py: correctness, then the cases whose name holds a text of --only. `more` goes
+    into the JSON file."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -237,7 +239,7 @@ def run(
     check()
     results = measure(chosen, options.rounds)
     if options.out:
-        save(options.out, results)
+        save(options.out, results, **more)
 
 
 def measure(cases: list[Case], rounds: int = 9, seconds_each: float = 1e9) -> list[dict]:

@@ -2,7 +2,8 @@
 # bench/fetch_peers.sh [llama.cpp] [zentorch]: the peers that the CPU benchmarks are measured against, both by default, into
 # third_party/peers, which git ignores. What is there already stays. A peer that is absent is reported as absent by the
 # benchmarks. llama.cpp is built from the source within llama-cpp-python, for this machine's instructions, with
-# JOBS compilers at a time (1 by default: about 15 minutes on one core), together with bench/llama_rival.cpp, which drives it.
+# JOBS compilers at a time (1 by default: about 15 minutes on one core), together with bench/llama_rival.cpp, which drives it;
+# its ggml, with bench/ggml_rival.cpp, is ready after the first two.
 set -euo pipefail
 llama_version=0.3.36
 llama_hash=sha256:832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e
@@ -31,7 +32,13 @@ fetch_llama() {
   fi
   local off=()
   for part in COMMON TESTS TOOLS EXAMPLES SERVER APP UI MTMD; do off+=("-DLLAMA_BUILD_$part=OFF"); done
-  cmake -S "$source" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF "${off[@]}"
+  cmake -S "$source" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \
+    -DCMAKE_POSITION_INDEPENDENT_CODE=ON "${off[@]}"
+  ninja -C "$build" -j "${JOBS:-1}" ggml
+  ${CXX:-c++} -O2 -std=c++17 -shared -fPIC bench/ggml_rival.cpp -I"$source/ggml/include" -o "$peers/ggml_rival.so" \
+    "$build/ggml/src/libggml-cpu.a" "$build/ggml/src/libggml-base.a" \
+    -Wl,--exclude-libs,ALL -Wl,--no-undefined -fopenmp -lpthread -ldl -lm
+  echo "ggml: $peers/ggml_rival.so"
   ninja -C "$build" -j "${JOBS:-1}" llama
   ${CXX:-c++} -O2 -std=c++17 bench/llama_rival.cpp -I"$source/include" -I"$source/ggml/include" -o "$peers/llama_rival" \
     "$build/src/libllama.a" "$build/ggml/src/libggml.a" "$build/ggml/src/libggml-cpu.a" "$build/ggml/src/libggml-base.a" \

@@ -11,6 +11,7 @@ from hebatron.presets import dense_like, tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import bench_model
+import moe_peers
 import rivals
 from rivals import Ours, Process, answer
 
@@ -107,3 +108,35 @@ def test_gguf_holds_every_weight_of_the_model(tmp_path):
     assert held == wanted
     with pytest.raises(ValueError, match="must have full-width expert layers and no mlp, got M-"):
         write_gguf(Hebatron(dense_like(tiny(), "total")), tmp_path / "dense.gguf", "bf16")
+
+
+def test_absent_names_the_peers_of_the_expert_layer_and_how_to_get_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(moe_peers, "ROOT", tmp_path)
+    monkeypatch.setattr(moe_peers, "GGML", tmp_path / "ggml_rival.so")
+    monkeypatch.setattr(moe_peers, "ZENTORCH", tmp_path / "zentorch")
+    assert moe_peers.absent() == {
+        "ggml": "no ggml_rival.so: bench/fetch_peers.sh llama.cpp builds it",
+        "zentorch": "no zentorch: bench/fetch_peers.sh zentorch brings it",
+    }
+    x, ids, up = torch.randn(2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.randn(1, 4, 8)
+    assert moe_peers.products(x, ids, up) == {}
+    assert moe_peers.layers(x, ids, up, up.transpose(1, 2), torch.ones(2, 1)) == {}
+    (tmp_path / "zentorch" / "zentorch-1.2.3.4.dist-info").mkdir(parents=True)
+    wanted = torch.__version__.split("+")[0]
+    assert moe_peers.absent()["zentorch"] == f"zentorch 1.2.3.4 is not built for torch {wanted}"
+
+
+def test_close_refuses_a_peer_that_computes_something_else():
+    right = torch.ones(4, dtype=torch.float64)
+    moe_peers.close("ggml product", right.float() * 1.003, right)
+    for wrong in (right * 1.02, right * float("nan")):
+        with pytest.raises(ValueError, match="ggml product must compute the same"):
+            moe_peers.close("ggml product", wrong, right)
+
+
+def test_ggml_computes_the_expert_layer():
+    if "ggml" in moe_peers.absent():
+        pytest.skip(moe_peers.absent()["ggml"])
+    moe_peers.check(only=("ggml",))
+    with pytest.raises(ValueError, match="weights must be contiguous bfloat16, got"):
+        moe_peers.Ggml(torch.randn(2, 8), torch.zeros(2, 1, dtype=torch.int64), torch.randn(1, 4, 8))
