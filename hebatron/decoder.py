@@ -36,7 +36,9 @@ class CudaGraphs:
 
     def __call__(self, run: Run) -> Run:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool):
+        # the stream: a capture that fails leaves its own the current one
+        now = torch.cuda.current_stream(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(now), torch.cuda.graph(graph, pool=self.pool):
             result = run()
 
         def replay() -> Tensor:

@@ -92,7 +92,7 @@ def test_decoder_gives_the_bits_of_the_forward(model: Hebatron, rows: int) -> No
 
 def test_decoder_captures_anew_when_the_cache_grows(model: Hebatron) -> None:
     decoder, cache, replays = padded(model, 3)
-    plain = model.new_cache(3)
+    plain = model.new_cache(3, 2 * BLOCK_TOKENS)  # which does not grow
     prefilled(model, [cache, plain], 3, BLOCK_TOKENS - 4)
     check_tokens(model, decoder, plain, 10)  # the longest row enters its second block at the fifth
     assert cache.moves == 2 and (replays.captured, replays.replayed) == (2, 8)
@@ -108,9 +108,10 @@ def test_rows_leave_without_moving_the_others(model: Hebatron) -> None:
             each.reorder(staying)
         check_tokens(model, decoder, plain, 2)
     assert cache.moves == 0 and replays.captured == 4
-    for each in (cache, plain):
-        each.reorder([0, 0, 0])  # as many as the pages were made for
-    check_tokens(model, decoder, plain, 2)
+    for staying in ([0, 0, 0], [2, 1, 0, 1]):  # bucket 4 again, and what was padding there is a row
+        for each in (cache, plain):
+            each.reorder(staying)
+        check_tokens(model, decoder, plain, 2)
     assert cache.moves == 0 and replays.captured == 4
     for each in (cache, plain):
         each.reorder([0, 1, 2] * 4)
@@ -186,6 +187,9 @@ def test_a_form_that_reads_on_the_host_is_not_captured(model: Hebatron) -> None:
     decoder(torch.tensor([1, 2, 3]))  # another backend: begun anew
     decoder(torch.tensor([1, 2, 3]))
     assert replays.captured == 1 and decoder.uncaptured == []
+    with hk.use_backend("reference"):
+        decoder(torch.tensor([1, 2, 3]))
+    assert replays.replayed == 1  # and not the other backend's graph
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from task_toy import make_model, make_tokenizer
 
-from hebatron import Hebatron, cli, presets
+from hebatron import Cache, Decoder, Hebatron, cli, presets
 from hebatron.chat.conversation import Conversation
 from hebatron.chat.template import NEMOTRON3, ChatTemplate
 from hebatron.tokenizer import Tokenizer
@@ -74,6 +74,23 @@ def test_each_answer_is_what_the_whole_conversation_gives(model: Hebatron, token
         assert tokenizer.decode(ids, skip_special=False) == prompt + answer
         assert conversation.messages[-1] == {"role": "assistant", "content": answer} and conversation.cut
     assert [m["content"] for m in conversation.messages if m["role"] == "user"] == TURNS
+
+
+def test_answers_from_a_decoder_are_the_same(
+    model: Hebatron, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: one decoder from turn to turn, while the cache grows."""
+    plain = talk(model, tokenizer, temperature=0.9, max_new_tokens=40)
+    want = ["".join(plain.ask(turn)) for turn in TURNS]
+
+    def one_more_token(model: Hebatron, cache: Cache) -> Any:
+        decoder = Decoder(model, cache, lambda device: lambda run: run)
+        return lambda ids_B: decoder(ids_B)[:, None]
+
+    monkeypatch.setattr("hebatron.chat.conversation.one_more_token", one_more_token)
+    decoded = talk(model, tokenizer, temperature=0.9, max_new_tokens=40)
+    assert ["".join(decoded.ask(turn)) for turn in TURNS] == want
+    assert decoded._cache.moves > 1
 
 
 @pytest.mark.parametrize("thinking", [False, True])

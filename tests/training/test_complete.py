@@ -7,7 +7,7 @@ import torch
 from task_toy import make_model, make_tokenizer
 from toy import WORDS
 
-from hebatron import Hebatron, presets
+from hebatron import Cache, Decoder, Hebatron, presets
 from hebatron.evaluation.complete import TextStream, complete
 from hebatron.tokenizer import Tokenizer
 
@@ -45,6 +45,30 @@ def test_complete_stops_at_the_first_stop_text_without_it(model: Hebatron, token
         places = [text.find(s) for s in stop if s in text]
         assert one.text == (text[: min(places)] if places else text)
         assert one.ended == bool(places)
+
+
+def test_rows_that_leave_a_decoder_write_the_same(
+    model: Hebatron, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: a padded cache whose bucket shrinks with its rows."""
+    whole = [one.text for one in complete(model, tokenizer, PROMPTS, max_new_tokens=12)]
+    stop = (whole[0][3:6], whole[2][5:7])
+    want = complete(model, tokenizer, PROMPTS, max_new_tokens=12, stop=stop)
+    buckets = []
+
+    def one_more_token(model, cache):
+        decoder = Decoder(model, cache, lambda device: lambda run: run)
+
+        def decode(ids_B):
+            buckets.append(cache.bucket)
+            return decoder(ids_B)[:, None]
+
+        return decode
+
+    monkeypatch.setattr("hebatron.evaluation.complete.one_more_token", one_more_token)
+    monkeypatch.setattr(model, "new_cache", lambda *sizes: Cache(model.config, *sizes, pad_rows=True))
+    assert complete(model, tokenizer, PROMPTS, max_new_tokens=12, stop=stop) == want
+    assert buckets[0] == 8 and buckets == sorted(buckets, reverse=True) and buckets[-1] < 8
 
 
 def test_complete_ends_at_an_end_token(model: Hebatron, tokenizer: Tokenizer) -> None:
