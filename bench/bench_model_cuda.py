@@ -163,7 +163,14 @@ def show(kind: str, what: Row) -> None:
         )
         more = "".join(
             f", {what[key]} {said}"
-            for key, said in (("experts_used", "experts a layer"), ("chunk_tokens", "tokens a chunk"))
+            for key, said in (
+                ("experts_used", "experts a layer"),
+                ("experts_even", "of an even choice"),
+                ("chunk_tokens", "tokens a chunk"),
+                ("generate_ms", "ms in generate"),
+                ("generate_error", ""),
+                ("uncaptured", ""),
+            )
             if key in what
         )
         must = f"; must {what['target']['must_ms']} ms" if "target" in what else ""

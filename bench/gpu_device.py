@@ -100,11 +100,11 @@ class Device:
                 taken[name].append(begin_event.elapsed_time(end_event))
         return taken
 
-    def prepare(self, call: Call) -> tuple[Call, bool]:
+    def prepare(self, call: Call, capture: bool = True) -> tuple[Call, bool]:
         """The replay of a graph of the call, or the call itself where it cannot be captured (it synchronises)."""
         for _ in range(2):
             call()
-        if not self.cuda:
+        if not self.cuda or not capture:
             return call, False
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -37,13 +37,14 @@ from gpu_model_cases import (
     Plan,
     Row,
     bytes_to_decode,
+    experts_used,
     largest_batch,
     least_seconds,
     prefill_chunk,
     repeats,
     with_floors,
 )
-from gpu_model_kinds import Decoder, Subject, chosen_experts, make
+from gpu_model_kinds import Experts, FixedStep, Subject, chosen_experts, make
 from torch import Tensor
 
 import hebatron_kernels as hk
@@ -53,6 +54,7 @@ BF16 = torch.bfloat16
 FARTHEST = 2**-9  # beside twice torch's own bf16 error: half a last bit of bf16
 # Prefilled (and in chunks of), past where a ring of two blocks begins anew; decoded after them, over a block's edge.
 CHECKED_TOKENS, DECODED_TOKENS = (188, 100), 6
+WARM_TOKENS = 3  # before a graph is replayed
 
 
 # ---- right before fast
@@ -64,6 +66,15 @@ def errors(got: Tensor, want: Tensor) -> Tensor:
     return torch.linalg.vector_norm(got - want, dim=1) / torch.linalg.vector_norm(want, dim=1)
 
 
+def prepared(device: Device, call: Callable[[], None]) -> tuple[Callable[[], None], Row]:
+    """The replay of a step's graph, or the step where an operator reads the GPU on the host: the row says which. Three
+    steps go by."""
+    with hk.host_reads() as reads:
+        call()
+    replay, graph = device.prepare(call, capture=not reads)
+    return replay, {"graph": graph} | ({"uncaptured": sorted(set(reads))} if reads else {})
+
+
 def logits_of(subject: Subject, ids_QT: Tensor, backend: str, device: Device) -> list[Tensor]:
     """Logits of every sequence, as `wanted` has them: after a prefill in chunks, after decoding on from there as the
     timed cases do, and after a prefill of all of it."""
@@ -72,14 +83,14 @@ def logits_of(subject: Subject, ids_QT: Tensor, backend: str, device: Device) ->
     with torch.no_grad(), hk.use_backend(backend):
         prefilled, step = subject.follow(ids_QT[:, :first], CHECKED_TOKENS[1])
         whole = torch.cat([subject.prefill(ids_T, len(ids_T)) for ids_T in ids_QT])
-    decoder = Decoder(step, ids_QT[:, first:].T.contiguous(), first, backend)
+    fixed = FixedStep(step, ids_QT[:, first:].T.contiguous(), first, backend)
 
     def call() -> None:
-        last[:] = decoder()[:1]
+        last[:] = fixed()[:1]
 
-    replay, _ = device.prepare(call)  # takes two steps
+    replay, _ = prepared(device, call)
     decoded = []
-    for _ in range(DECODED_TOKENS - 2):
+    for _ in range(DECODED_TOKENS - WARM_TOKENS):
         replay()
         decoded.append(last[0].clone())
     return [prefilled, torch.cat(decoded), whole]
@@ -94,8 +105,8 @@ def wanted(name: str) -> tuple[Subject, Tensor, list[Tensor], list[Tensor]]:
     ids_QT = torch.randint(256, (4, tokens), generator=torch.Generator().manual_seed(1))
     twin = small.to(host, torch.float64)
     after_QTV = torch.stack([twin.all_logits(ids_T, DECODED_TOKENS + 1) for ids_T in ids_QT])
-    # two steps of decoding warm up for the graph
-    exact = [after_QTV[:, 0], after_QTV[:, 3:].transpose(0, 1).flatten(0, 1), after_QTV[:, -1]]
+    decoded_SQV = after_QTV[:, 1 + WARM_TOKENS :].transpose(0, 1)
+    exact = [after_QTV[:, 0], decoded_SQV.flatten(0, 1), after_QTV[:, -1]]
     return small, ids_QT, exact, logits_of(small, ids_QT, "torch", Device("cpu"))
 
 
@@ -155,10 +166,10 @@ class Bench:
     def ids(self, *shape: int) -> Tensor:
         return torch.randint(self.vocab, shape, device=self.device.device)
 
-    def timed(self, call: Callable[[], Any], graph: bool, first_seconds: float) -> Row:
+    def timed(self, call: Callable[[], Any], first_seconds: float) -> Row:
         count = repeats(self.plan, first_seconds)
         taken = self.device.rounds({"call": call}, count)["call"] if count else [1e3 * first_seconds]
-        return dict(vars(summary(taken, graph)))
+        return dict(vars(summary(taken, False)))
 
     def prefill(self, case: Case) -> Row:
         """In half the chunk where it does not fit: the arithmetic estimates, and a dense model has but one way."""
@@ -184,7 +195,7 @@ class Bench:
 
         begin = time.monotonic()
         finite = bool(call().isfinite().all())
-        row = self.timed(call, False, time.monotonic() - begin)
+        row = self.timed(call, time.monotonic() - begin)
         return row if finite else {"error": "logits are not finite"}
 
     def decode(self, case: Case) -> Row:
@@ -192,7 +203,9 @@ class Bench:
         batch = case.batch or largest_batch(self.free_bytes(case), self.shape, case.tokens, self.backend)
         while batch > 0:
             try:
-                return self._decode(case, batch) | {"batch": batch}
+                row = self._decode(case, batch) | {"batch": batch}
+                # a bucket's padding may not fit beside as many as fit
+                return row | (self.by_generate(case, batch) if case.batch != FITS else {})
             except torch.OutOfMemoryError:
                 if case.batch != FITS:
                     raise
@@ -202,21 +215,43 @@ class Bench:
 
     def _decode(self, case: Case, batch: int) -> Row:
         ids_SQ = self.ids(ROOM_TOKENS, batch)
-        decoder = Decoder(self.subject.fill(batch, case.tokens), ids_SQ, case.tokens, self.backend)
+        fixed = FixedStep(self.subject.fill(batch, case.tokens), ids_SQ, case.tokens, self.backend)
         last: list[Tensor] = []
 
         def call() -> None:
-            last[:] = decoder()
+            last[:] = fixed()
 
         with chosen_experts(self.subject) as used:
             call()
-            row = {"experts_used": round(sum(used()) / len(used()), 1)} if used() else {}
-        replay, graph = self.device.prepare(call)
+            counts = used()
+        row: Row = {}
+        if isinstance(self.shape, ModelConfig) and counts:  # the floor is that of an even choice
+            row["experts_used"] = round(sum(counts) / len(counts), 1)
+            row["experts_even"] = round(experts_used(self.shape, batch), 1)
+        replay, how = prepared(self.device, call)
         begin = time.monotonic()
         replay()
         self.device.synchronize()
-        row |= self.timed(replay, graph, time.monotonic() - begin)
+        row |= self.timed(replay, time.monotonic() - begin) | how
         return row if bool(last[0].isfinite().all()) else {"error": "logits are not finite"}
+
+    def by_generate(self, case: Case, batch: int) -> Row:
+        """The same step by the decoder that `generate` uses, from its call on the host to its last kernel."""
+        if not isinstance(self.subject, Experts):
+            return {}
+        ids_Q, decoder = self.ids(batch), self.subject.decoder(batch, case.tokens)
+
+        def call() -> None:
+            with hk.use_backend(self.backend):
+                decoder(ids_Q)
+
+        try:
+            for _ in range(2):  # launched, captured
+                call()
+            taken = self.device.rounds({"call": call}, min(self.plan.repeats, ROOM_TOKENS - 2))["call"]
+        except RuntimeError as error:  # what was timed before it stands
+            return {"generate_error": first_line(error)}
+        return {"generate_ms": summary(taken, False).ms}
 
     def case(self, case: Case, clocks: Clocks) -> Row:
         begin = time.monotonic()
@@ -225,7 +260,7 @@ class Bench:
         try:
             row = self.prefill(case) if case.batch is None else self.decode(case)
         except (RuntimeError, ValueError) as error:  # memory, or a form that this GPU or torch lacks: a row
-            row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+            row = {"error": first_line(error)}
         if "ms" in row:
             row = with_floors(row, self.shape, case, self.machine)
         if self.device.cuda and self.device.alive():
@@ -233,6 +268,10 @@ class Bench:
             row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         about = {"model": self.name, "backend": self.backend, "case": case.name}
         return about | row | {"clocks": clocks.between(begin, time.monotonic())}
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def run(

@@ -123,6 +123,12 @@ def bytes_to_decode(shape: Shape, context: int, backend: str) -> int:
     )
 
 
+def experts_used(shape: ModelConfig, tokens: int) -> float:
+    """Of a layer, where every token chooses evenly: what floors.py counts as read."""
+    experts = shape.n_routed_experts
+    return experts * (1 - (1 - shape.num_experts_per_tok / experts) ** tokens)
+
+
 def largest_batch(free: float, shape: Shape, context: int, backend: str) -> int:
     """Sequences whose caches fit beside the weights, 0 where none does; `free` is what the weights left."""
     return max(0, int((free - RESERVE_BYTES) // bytes_to_decode(shape, context, backend)))

@@ -16,6 +16,7 @@ import hebatron_kernels as hk
 from hebatron import Hebatron
 from hebatron.cache import NOTHING, Cache, CacheStep
 from hebatron.config import ModelConfig
+from hebatron.decoder import Decoder
 from hebatron.model import Router
 
 BF16 = torch.bfloat16
@@ -70,13 +71,15 @@ class Experts:
 
     def fill(self, rows: int, context: int) -> Step:
         """A decoding step behind caches of `context` random keys, with room for ROOM_TOKENS steps."""
-        cache = self.cache(rows, context + ROOM_TOKENS)
-        for state in cache.mamba.values():
-            state.conv.normal_()
-            state.ssm.normal_(0.0, 0.1)
-        for pages in cache.pages.values():
-            pages.normal_()
-        return self.step(cache)
+        return self.step(filled(self.cache(rows, context + ROOM_TOKENS)))
+
+    def decoder(self, rows: int, context: int) -> Callable[[Tensor], Tensor]:
+        """What `generate` decodes with, behind as much; (rows,) ids to (rows, V) logits."""
+        cache = filled(self.model.new_cache(rows, context + ROOM_TOKENS))
+        cache.lengths = [context] * rows
+        if self.device.type == "cuda":
+            return Decoder(self.model, cache)
+        return Decoder(self.model, cache, lambda device: lambda run: run)  # a dry run: launched at every call
 
     def follow(self, ids_QT: Tensor, chunk: int) -> tuple[Tensor, Step]:
         """The last logits of sequences of equal length, and the step that goes on from there."""
@@ -91,6 +94,15 @@ class Experts:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Experts:
         return Experts(copy.deepcopy(self.model).to(device, dtype))
+
+
+def filled(cache: Cache) -> Cache:
+    for state in cache.mamba.values():
+        state.conv.normal_()
+        state.ssm.normal_(0.0, 0.1)
+    for pages in cache.pages.values():
+        pages.normal_()
+    return cache
 
 
 class DenseSubject:
@@ -129,7 +141,7 @@ def make(shape: Shape, device: torch.device, longest: int) -> Subject:
     return Experts(build(shape, device))
 
 
-class Decoder:
+class FixedStep:
     """A step as fixed launches: ids, lengths and the place in the drawn ids lie on the device and move on at each."""
 
     def __init__(self, step: Step, ids_SQ: Tensor, context: int, backend: str) -> None:

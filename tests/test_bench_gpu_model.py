@@ -19,10 +19,11 @@ import gpu_model_cases as cases
 from floors import GEMMA_27B, H100, MISTRAL_24B, Machine, Transformer
 from gpu_device import Clocks, Device
 from gpu_model_cases import FITS, REAL, TOY, Case
-from gpu_model_kinds import build
+from gpu_model_kinds import build, make
 
 from hebatron.presets import nano_30b_a3b
 from hebatron.sizes import count_parameters
+from hebatron_kernels import _native, testing
 
 NANO = nano_30b_a3b()
 
@@ -80,6 +81,8 @@ def test_dry_run_writes_both_floors_and_the_rates_beside_every_time(record):
             assert row[f"percent_of{of}_floor"] == pytest.approx(100 * least / row["ms"], abs=0.06)
         tokens = case.tokens if case.batch is None else row["batch"]
         assert row["tokens_per_s"] == pytest.approx(1e3 * tokens / row["ms"], rel=1e-2)
+        in_generate = row["model"] == "30B-A3B" and case.batch not in (None, FITS)
+        assert (row.get("generate_ms", 0) > 0) == in_generate
         assert ("experts_used" in row) == (row["model"] == "30B-A3B" and case.batch is not None)
         assert (
             case.batch != FITS or row["batch"] == 3
@@ -157,6 +160,11 @@ def test_prefill_is_chunked_where_its_activations_do_not_fit():
     assert cases.prefill_chunk(free, NANO, 1000, "torch") == 1000
 
 
+def test_experts_used_by_an_even_choice():
+    used = [cases.experts_used(NANO, batch) for batch in (1, 8, 32, 128)]
+    assert used == pytest.approx([6.0, 40.8, 100.5, 127.7], abs=0.06)
+
+
 def test_repeats_fill_the_time_of_a_case():
     assert cases.repeats(REAL, 0.003) == 15
     assert cases.repeats(REAL, 0.9) == 6
@@ -226,6 +234,22 @@ def test_a_windows_ring_keeps_what_is_seen(tokens):
         want = torch.cat([model.prefill(row[: n + 1]) for row in ids])
         torch.testing.assert_close(got, want)
         lengths += 1
+
+
+def test_dense_models_are_served_by_the_cuda_kernels(monkeypatch):
+    """Strided queries and keys, a ring's table, norms with their residual: the emulator takes what a GPU will be given,
+    and gives what torch does (two bf16 roundings apart)."""
+    if (lacks := testing.emulator_lacks()) is not None:
+        pytest.skip(f"the emulator needs {lacks}")
+    monkeypatch.setattr(_native, "emulator_module", None)  # put back afterwards
+    testing.load_emulator()
+    monkeypatch.setattr(gpu_model, "CHECKED_TOKENS", (70, 70))  # over one block's edge: tokens cost here
+    monkeypatch.setattr(gpu_model, "DECODED_TOKENS", gpu_model.WARM_TOKENS + 1)
+    small = make(cases.SMALL_SHAPES[GEMMA_27B.name], torch.device("cpu"), 256)
+    ids = torch.randint(256, (1, 74))
+    got, want = (gpu_model.logits_of(small, ids, backend, Device("cpu")) for backend in ("emulator", "torch"))
+    for part, plain in zip(got, want):
+        assert gpu_model.errors(part, plain).max() < 1e-2
 
 
 # ---- what goes wrong
