@@ -95,6 +95,22 @@ def test_a_wrong_result_is_not_timed():
     assert "ms" in row["rivals"]["sm80:128x128"] and "ms" not in row["rivals"]["sm80:16x64"]
 
 
+def test_a_reference_out_of_memory_is_a_row_and_no_fault_of_the_kernels():
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory\nof 140 GB")
+
+    right = torch.randn(8, 8)
+    rivals = {"torch form": too_large, "sm80:16x64": lambda: right}
+    problem = gpu_kernels.Problem("grouped_gemm", "up", 1.0, 1.0, rivals, "torch form")
+    device = gpu_kernels.Device("cpu")
+    row, checks = gpu_kernels.measure(
+        device, problem, gpu_kernels.Ceilings(1e9, 1e9), gpu_kernels.Clocks(False), repeats=2
+    )
+    assert row["rivals"]["torch form"] == {"error": "CUDA out of memory"}
+    assert "ms" in row["rivals"]["sm80:16x64"] and "distance" not in row["rivals"]["sm80:16x64"]
+    assert [check["passed"] for check in checks] == [True]
+
+
 def test_what_is_left_out_is_not_chosen_either():
     rivals = dict.fromkeys(
         ["ours", "sm80:16x64", "sm90a:128x128", "cutlass:128x128", "torch form"], lambda: None
