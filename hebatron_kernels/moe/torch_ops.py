@@ -200,8 +200,13 @@ def _dense(b_EKM: Tensor) -> bool:
     return b_EKM.stride(2) == 1 and b_EKM.stride(1) >= b_EKM.shape[2]
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Contiguous by its strides too: of a single row, or none, torch asks no stride, but grouped_mm does."""
+    return x.contiguous().flatten().view(x.shape)
+
+
 def _gemm_impl(a_NK: Tensor, b_EKM: Tensor, offsets_E: Tensor) -> Tensor:
-    a_NK = a_NK.contiguous()
+    a_NK = _rows(a_NK)
     if not (_dense(b_EKM) or _dense(b_EKM.transpose(1, 2))):
         b_EKM = b_EKM.contiguous()
     if _fits(a_NK, *b_EKM.shape[1:], *(s for s in b_EKM.stride() if s != 1)):
@@ -215,7 +220,7 @@ def _gemm_impl(a_NK: Tensor, b_EKM: Tensor, offsets_E: Tensor) -> Tensor:
 
 
 def _weight_gemm_impl(a_NK: Tensor, b_NM: Tensor, offsets_E: Tensor) -> Tensor:
-    a_NK, b_NM = a_NK.contiguous(), b_NM.contiguous()
+    a_NK, b_NM = _rows(a_NK), _rows(b_NM)
     if _fits(a_NK, a_NK.shape[1], b_NM.shape[1]):
         return _grouped_mm(a_NK.t(), b_NM, offs=offsets_E)
     out_EKM = a_NK.new_empty(offsets_E.numel(), a_NK.shape[1], b_NM.shape[1])

@@ -79,6 +79,20 @@ def test_grouped_gemm_of_no_rows(backend, form, rows):
     assert all(value.eq(0).all() for value in found.values())
 
 
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_grouped_gemm_takes_a_row_or_none_with_any_stride(rows, stored):
+    """Contiguous to torch whatever the stride, which grouped_mm refuses where it is no multiple of 16 bytes."""
+    a = torch.randn(3, 11)[:rows, :8].requires_grad_()
+    b = torch.randn(2, 16, 8).transpose(1, 2) if stored else torch.randn(2, 8, 16)
+    ends = torch.tensor([0, rows], dtype=torch.int32)
+    y = hk.grouped_gemm(a, b.requires_grad_(), ends, backend="torch")
+    torch.testing.assert_close(y, a @ b[1])
+    upstream = torch.randn(3, 19)[:rows, :16]
+    grads = [torch.autograd.grad(out, (a, b), upstream, retain_graph=True) for out in (y, a @ b[1])]
+    torch.testing.assert_close(*grads)
+
+
 # the native form with the ISA it is given; fp64 it refuses
 NATIVE = [("native", isa, dtype) for isa in testing.isas() for dtype in DTYPES[1:]]
 EVERY = [(backend, None, dtype) for backend in BACKENDS for dtype in DTYPES] + NATIVE
