@@ -137,9 +137,10 @@ static void forward(const LossArgs& a, const Exec& exec) {
     }
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < kept.count; n++) {
-      const float lse = plan.largest[n] + std::log(plan.total[n]);
-      a.lse[kept.tokens[n]] = lse;
-      a.losses[kept.tokens[n]] = lse - plan.target[n];
+      const float largest = plan.largest[n], log_total = std::log(plan.total[n]);
+      a.lse[kept.tokens[n]] = largest + log_total;
+      // the difference first: where the target is the largest it is 0, and log_total keeps the digits that lse has lost
+      a.losses[kept.tokens[n]] = (largest - plan.target[n]) + log_total;
     }
   }
 }

@@ -229,6 +229,16 @@ def test_linear_cross_entropy_native_matches_oracle(isa, dtype, reduction, token
 
 @pytest.mark.parametrize("isa", testing.isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy_native_keeps_the_digits_of_a_small_loss(isa, dtype):
+    # log(1 + exp(-10)) = 4.5e-5 beside a logit of 40, of which fp32 keeps 2e-6: not a difference to the logsumexp
+    x, weight = torch.ones(1, 1, dtype=dtype), torch.tensor([[40.0], [30.0], [-5.0]], dtype=dtype)
+    with testing.use_isa(isa):
+        loss = hk.linear_cross_entropy(x, weight, torch.tensor([0]), backend="native")
+    assert abs(float(loss) - 4.5398899e-5) < 1e-7
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_cross_entropy_native_gives_a_token_the_same_bits_in_any_batch(isa, dtype):
     x, weight, targets = make(70, 40, 700, dtype, ignored=0)
     with testing.use_isa(isa):
