@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gpu_device
 import gpu_kernels
 import pytest
 import torch
@@ -93,6 +94,11 @@ def test_a_wrong_result_is_not_timed():
     assert [check["passed"] for check in checks] == [False, False, True]
     assert {check["kernel"] for check in checks} == {"grouped_gemm_sm80"}
     assert "ms" in row["rivals"]["sm80:128x128"] and "ms" not in row["rivals"]["sm80:16x64"]
+
+
+def test_what_takes_long_is_repeated_less():
+    found = [gpu_device.rounds_for(seconds, 15) for seconds in (0.0, 0.1, 0.2, 0.5, 1.0, 60.0)]
+    assert found == [15, 15, 10, 4, 3, 3] and gpu_device.rounds_for(60.0, 2) == 2
 
 
 def test_a_reference_out_of_memory_is_a_row_and_no_fault_of_the_kernels():
