@@ -135,7 +135,7 @@ class Device:
 
 
 def rounds_for(seconds: float, repeats: int) -> int:
-    """Rounds of a problem of which one takes so long: at 65,536 tokens attention's four rivals need a second for one."""
+    """Rounds of a problem of which one takes so long: of four attentions over 65,536 tokens a second."""
     return min(repeats, max(3, int(SECONDS_A_PROBLEM / max(seconds, 1e-9))))
 
 
