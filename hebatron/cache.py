@@ -12,6 +12,7 @@ B rows, C convolution channels, W taps, H heads, P head dim, S state.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -181,7 +182,7 @@ class Cache:
 
     def check_fits(self, config: ModelConfig, device: torch.device, new_lengths: list[int]) -> None:
         """Refuse a step this cache cannot take, before anything is touched."""
-        if config != self.config:
+        if config is not self.config and config != self.config:  # field by field it takes 25 us
             raise ValueError("cache: config must equal the model's, got a cache made for another model")
         if device != self.device:
             raise ValueError(f"cache: device must equal the model's ({device}), got {self.device}")
@@ -215,7 +216,10 @@ class Cache:
         totals = self.make_room(new_lengths, dtype)
         one_token = all(n == 1 for n in new_lengths)
         self.broken = one_token
-        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=self.device)
+        # once a token, while DRAM is idle: half the time of torch.tensor
+        lengths = torch.frombuffer(array("i", self.lengths), dtype=torch.int32)
+        if self.device.type != "cpu":
+            lengths = lengths.to(self.device)
         if one_token:  # at every step of decoding: nothing is made that is not needed
             return CacheStep(self, new_lengths, self.mamba, True, lengths, self.block_table, *[NOTHING] * 4)
         spans = zip(range(self.batch_size), self.lengths, totals)

@@ -80,15 +80,17 @@ def enter(
     whole = n is None or (isinstance(n, int) and not isinstance(n, bool) and n >= 1)
     must(whole, "logits_to_keep", "be None or an integer >= 1", n)
     compiling = torch.compiler.is_compiling()
+    ids_T = input_ids.reshape(-1)
     if compiling:
         must(cache is None and attention_mask is None, "forward", "be compiled without cache and mask", "one")
     else:
-        _check_ids(c, "input_ids", input_ids)
+        _check_ids(c, "input_ids", ids_T)
         if labels is not None and bool((labels != -100).any()):
             _check_ids(c, "labels", labels[labels != -100])
 
     kept_T, labels_T = None, None if labels is None else labels.flatten()
-    ids_T = input_ids.reshape(-1).long()
+    if ids_T.dtype != torch.int64:
+        ids_T = ids_T.long()
     lengths = [shape[-1]] * (shape[0] if len(shape) == 2 else 1)
     if cu_seqlens is not None:
         lengths = [] if compiling else _check_cu_seqlens(cu_seqlens, input_ids)
@@ -113,12 +115,12 @@ def enter(
     return Packed(ids_T, labels_T, cu_seqlens, lengths, (1, *shape) if len(shape) == 1 else shape, kept_T)
 
 
-def _check_ids(c: ModelConfig, name: str, ids: Tensor) -> None:
-    if ids.numel() <= FEW_IDS:  # as in decoding: an operator costs more than a Python number
-        values = ids.flatten().tolist()
+def _check_ids(c: ModelConfig, name: str, ids_T: Tensor) -> None:
+    if ids_T.numel() <= FEW_IDS:  # as in decoding: an operator costs more than a Python number
+        values = ids_T.tolist()
         low, high = min(values), max(values)
     else:
-        low, high = (int(x) for x in torch.aminmax(ids))
+        low, high = (int(x) for x in torch.aminmax(ids_T))
     if low < 0 or high >= c.vocab_size:
         wrong(name, f"be in [0, {c.vocab_size})", low if low < 0 else high)
 
