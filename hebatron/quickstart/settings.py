@@ -74,7 +74,7 @@ class Settings:
 
 # How much of the phases a CPU trains, by its instruction set, so that two cores are done in 5 minutes. Tokens a second
 # of a step on two cores: Zen 4 with AVX-512 some 6,000, Zen 3 with AVX2 2,900, the same with the portable kernels 820.
-SHARES = {"avx512_bf16": 1.0, "avx512": 1.0, "avx2": 0.5, "portable": 0.12}
+SHARES = {"avx512_bf16": 1.0, "avx512": 1.0, "avx2": 0.4, "portable": 0.1}
 
 
 def published(isa: str) -> Settings:

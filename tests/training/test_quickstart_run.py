@@ -260,7 +260,7 @@ def test_published_settings_can_be_planned(tmp_path: Path) -> None:
         Document(f"{source} {i} ויאמר אליו לאמר " * 30, source, "he") for source in sources for i in range(6)
     ]
     run.prepare_text(replace(Settings(), vocab_size=300), tmp_path, texts)
-    for isa, steps in (("avx512_bf16", 907), ("avx512", 907), ("avx2", 453), ("portable", 109), ("not", 109)):
+    for isa, steps in (("avx512_bf16", 907), ("avx512", 907), ("avx2", 362), ("portable", 91), ("not", 91)):
         rows, total_steps = run.plan_rows(run_config(published(isa), tmp_path, 0))
         assert rows[0].name == BASE and len(rows) == 4
         assert total_steps == sum(row.steps for row in rows) and abs(total_steps - steps) <= 4
