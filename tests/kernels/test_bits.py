@@ -3,7 +3,8 @@ memory held before, and for a token whatever stands beside it."""
 
 import pytest
 import torch
-from fuzz_cases import BF16, CALLS, FP32, GENERATORS, ON_CUDA_ONLY, chosen, problem
+from fuzz_cases import CALLS, ON_CUDA_ONLY, chosen, problem
+from fuzz_problems import BF16, FP32, GENERATORS
 
 import hebatron_kernels as hk
 from hebatron_kernels import testing

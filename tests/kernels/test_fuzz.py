@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from fuzz_cases import FP32, GENERATORS, ON_CUDA_ONLY, check, chosen, problem
+from fuzz_cases import ON_CUDA_ONLY, check, chosen, problem
+from fuzz_problems import FP32, GENERATORS
 
 import hebatron_kernels as hk
 
