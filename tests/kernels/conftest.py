@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hebatron_kernels import _native, testing
+from hebatron_kernels import testing
 
 
 @pytest.fixture(autouse=True)
@@ -11,17 +11,6 @@ def _poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    """backend="emulator" in the tests of a module."""
-    lacks = testing.emulator_lacks()
-    if lacks is not None:
-        pytest.skip(f"the emulator needs {lacks}")
-    testing.load_emulator()
-    yield
-    _native.emulator_module = None
 
 
 @pytest.fixture

@@ -14,14 +14,7 @@ from hebatron_kernels import _native, testing
 ORDERS = [dict(mode="eager", sms=1), *(dict(mode="random", seed=seed, sms=seed) for seed in (1, 2, 4))]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _emulator():
-    lacks = testing.emulator_lacks()
-    if lacks is not None:
-        pytest.skip(f"the emulator needs {lacks}")
-    testing.load_emulator()
-    yield
-    _native.emulator_module = None
+pytestmark = pytest.mark.usefixtures("emulator")
 
 
 def decode(x, ids, weights, up, down, /, *, backend="emulator", **changed):

@@ -6,7 +6,7 @@ padding, gives the same bits on the CPU's kernels: no row's result depends on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +19,6 @@ import hebatron_kernels as hk
 from hebatron import Hebatron, presets
 from hebatron.cache import BLOCK_TOKENS, Cache, bucket_of
 from hebatron.decoder import Bucket, Decoder
-from hebatron_kernels import _native, testing
 from hebatron_kernels.moe.torch_ops import offsets_read
 
 CONFIG = presets.tiny().replace(layers_block_type=("mamba", "moe", "attention") * 2)
@@ -269,16 +268,6 @@ def test_decoder_refuses_by_name(model: Hebatron) -> None:
     other = Cache(CONFIG, 1, dtype=torch.float64, pad_rows=True)
     with pytest.raises(ValueError, match="dtype must equal the model's compute_dtype"):
         Decoder(model, other, Replays(other))(torch.tensor([1]))
-
-
-@pytest.fixture
-def emulator() -> Iterator[None]:
-    lacks = testing.emulator_lacks()
-    if lacks is not None:
-        pytest.skip(f"the emulator needs {lacks}")
-    testing.load_emulator()
-    yield
-    _native.emulator_module = None
 
 
 @pytest.mark.usefixtures("emulator")

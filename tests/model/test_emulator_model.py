@@ -8,7 +8,7 @@ rounds otherwise, plus a rounding step of bf16. All must choose the same experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +19,6 @@ from torch import Tensor
 import hebatron.mixers
 import hebatron_kernels as hk
 from hebatron import Hebatron, presets
-from hebatron_kernels import _native, testing
 
 CONFIG = presets.tiny().replace(layers_block_type=("mamba", "moe", "attention") * 2)
 STEP = 2**-9  # half a rounding step of bf16, of the largest value
@@ -28,14 +27,7 @@ TOKENS = 20  # a chunk of the scan and a part of one
 SEED = 2  # one at which rounding sends no token to other experts
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _emulator() -> Iterator[None]:
-    lacks = testing.emulator_lacks()
-    if lacks is not None:
-        pytest.skip(f"the emulator needs {lacks}")
-    testing.load_emulator()
-    yield
-    _native.emulator_module = None
+pytestmark = pytest.mark.usefixtures("emulator")
 
 
 class Widened(torch.autograd.Function):
