@@ -124,6 +124,7 @@ def check_oracle(
     grad: bool = True,
     factor: float = 2.0,
     floor: float = 0.0,
+    size: float = 0.0,
     **kwargs: Any,
 ) -> None:
     """Holds one backend of `op` to the oracle rule, in every output and every gradient.
@@ -138,6 +139,7 @@ def check_oracle(
         floor: what is allowed beside, for problems of few elements, where the other terms may all be small by chance:
             so many rounding steps (of the coarsest tensor given) of the result's largest value, and so many of fp32 of
             the largest gradient, the upstream's 1 among them, for gradients whose terms cancel.
+        size: the floor takes an output's largest value to be this at least: what its terms are where they cancel.
     """
     rounded = list(args) if dtype is None else _cast(args, dtype)
     got = run(op, rounded, grad, backend=backend, **kwargs)
@@ -163,9 +165,10 @@ def check_oracle(
         rounding = _errors(exact.to(got[name].dtype), exact)
         shift = [max(pair) for pair in zip(_errors(first, exact), _errors(second, exact))]
         least = step * exact.abs().max().item() if exact.numel() else 0.0
-        least += (
-            min(floor * torch.finfo(torch.float32).eps, step) * largest if name.startswith("grad") else 0.0
-        )
+        if name.startswith("grad"):
+            least += min(floor * torch.finfo(torch.float32).eps, step) * largest
+        else:
+            least = max(least, step * size)
         for kind, e, b, r, s in zip(("max", "rms"), error, base, rounding, shift):
             bound = factor * b + 2 * r + 4 * s + least
             if not e <= bound:
