@@ -27,6 +27,7 @@ from ..tokenizer import Tokenizer
 
 FORMAT, VERSION = "hebatron-corpus", 1
 SCORES = "scores.safetensors"
+DTYPES = ("<u2", "<u4")  # of token files
 EXTRA_FILES = ("dropped.jsonl", "ids.npy")  # a corpus from before them has neither
 DOCUMENT = np.dtype(
     [
@@ -82,6 +83,10 @@ class Corpus:
                 f"Corpus.open: tokenizer must be the one {folder} was made with ({made_with[:12]}, "
                 f"{index['tokenizer']['vocab_size']} entries), got {tokenizer.fingerprint[:12]} "
                 f"({tokenizer.vocab_size} entries)"
+            )
+        if index.get("dtype") not in DTYPES:  # "O" would make addresses of what the files hold
+            raise ValueError(
+                f"Corpus.open: dtype must be one of {', '.join(DTYPES)}, got {index.get('dtype')!r} in {folder}"
             )
         dtype = np.dtype(index["dtype"])
         table_path = folder / "documents.npy"

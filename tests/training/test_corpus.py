@@ -71,6 +71,9 @@ def test_corpus_open_errors(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (out / "index.json").write_bytes(b"\xff")
     with pytest.raises(ValueError, match="must be JSON"):
         Corpus.open(out)
+    with_index(dtype="O")  # objects: what the file holds would be followed as addresses
+    with pytest.raises(ValueError, match=r"Corpus\.open: dtype must be one of <u2, <u4, got 'O' in"):
+        Corpus.open(out)
     with_index(tokenizer={**index["tokenizer"], "vocab_size": 100})
     with pytest.raises(ValueError, match="token ids must be under 100, got"):
         Corpus.open(out)
