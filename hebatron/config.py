@@ -244,7 +244,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: must be a file, found none")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or a number of 5,000 digits
         raise ValueError(f"{file}: must be JSON, got {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file}: must hold a JSON object, got {type(value).__name__}")

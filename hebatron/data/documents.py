@@ -232,7 +232,7 @@ def _parse(raw: Raw, file: Input, place: Place, policy: Policy) -> Document:
             return Document(text, policy.source or file.source, policy.lang or "und", place)
         try:
             record = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # Python's limit of digits is no JSONDecodeError
             raise _BadDocument("broken JSON", f"must be one JSON object a line, got {error}") from None
     if not isinstance(record, dict):
         raise _BadDocument("not an object", f"must be a JSON object, got {type(record).__name__}")

@@ -125,7 +125,7 @@ def _parse(raw: bytes) -> Record:
         record = json.loads(raw.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         raise _BadRecord(f"must be UTF-8, got byte 0x{raw[error.start]:02x}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # Python's limit of digits is no JSONDecodeError
         raise _BadRecord(f"must be one JSON object a line, got {error}") from None
     if not isinstance(record, dict):
         raise _BadRecord(f"must be a JSON object, got {type(record).__name__}")

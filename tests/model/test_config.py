@@ -208,6 +208,7 @@ def test_missing_size_is_refused_by_name(missing: str) -> None:
         ("{", "must be JSON"),
         ("[1]", "must hold a JSON object"),
         ("\x80", "must be JSON"),
+        ('{"vocab_size": ' + "1" * 5000 + "}", "config.json: must be JSON, got Exceeds the limit"),
     ],
 )
 def test_broken_config_file_is_refused(tmp_path: Path, content: str | None, message: str) -> None:

@@ -35,6 +35,11 @@ BAD_LINES = [
     (b'{"text": "\xd7"}', "invalid UTF-8", "must be UTF-8, got byte 0xd7 at column 11"),
     (b'{"text": "abc', "broken JSON", "must be one JSON object a line, got Invalid control"),
     (b"[" * 100_000, "broken JSON", "must be one JSON object a line, got maximum recursion"),
+    (
+        b'{"text": "a", "id": ' + b"1" * 5000 + b"}",
+        "broken JSON",
+        "must be one JSON object a line, got Exceeds the limit",
+    ),
     (b'["text"]', "not an object", "must be a JSON object, got list"),
     (b'{"txt": "a", "id": 3}', "no text", "must have a field \"text\", got ['id', 'txt']"),
     (b'{"text": null}', "field not a string", 'must have a string in "text", got NoneType'),

@@ -111,6 +111,7 @@ def test_answers_may_be_many_numbers_or_none() -> None:
     ("name", "record", "message"),
     [
         ("trivia_heb", "{", "must be one JSON object a line"),
+        ("trivia_heb", '{"answer": ' + "1" * 5000 + "}", "must be one JSON object a line, got Exceeds the limit"),
         ("trivia_heb", "[1]", "must be a JSON object, got list"),
         ("trivia_heb", {"choices": ["a", "b"], "answer": 0}, 'must have a text in "question", got fields'),
         ("trivia_heb", QUESTION | {"question": 3, "answer": 0}, 'must have a text in "question", got int'),
