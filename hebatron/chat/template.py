@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 
 MAX_CHARS = 1 << 22  # of a rendering: some 1 M tokens
+# what a filter or method says to a value that it does not take
+OF_VALUES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 # The Nemotron-3 form: a system turn that is there even when empty; an assistant turn that begins with its reasoning
 # between <think> tags, empty if there is none; reasoning before the last user turn left out unless
@@ -134,7 +136,7 @@ class ChatTemplate:
                     raise ValueError(f"a rendering must have at most {MAX_CHARS:,} characters, got more")
                 pieces.append(piece)
             return "".join(pieces)
-        except (self._error, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        except (self._error, *OF_VALUES, RecursionError) as error:
             raise TemplateError(
                 f"chat template: messages must be what it can render, got {type(error).__name__}: {error}"
             ) from error
@@ -154,7 +156,7 @@ def _compile(text: str) -> tuple[Any, Budget, type[Exception]]:
     budget = Budget()
     try:
         return sandbox(budget).from_string(text), budget, jinja2.TemplateError
-    except (jinja2.TemplateError, RecursionError) as error:
+    except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError) as error:  # some are Python's
         raise TemplateError(f"chat template: text must be a Jinja template, got {error}") from error
 
 

@@ -71,6 +71,9 @@ HOSTILE = {
     "batch": "{{ [1] | batch(1000000000, 0) | list }}",
     "lipsum": "{{ lipsum(n=1000000) }}",
     "its own budget": "{% for i in range(9999) %}{{ [-1000000] | map('<spend>') | list }}{% endfor %}" + BIG * 99,
+    "dictsort of a list": "{{ messages | dictsort }}",
+    "deep loops": "{% for m in messages %}" * 25 + "{% endfor %}" * 25,
+    "digits": "{{ " + "1" * 5000 + " }}",
     "error": "{{ raise_exception('no') }}",
     "long": "a" * (MAX_TEMPLATE_CHARS + 1),
 }  # fmt: skip
