@@ -6,9 +6,10 @@ unless the caller, who rendered a chat template, passes `special=True`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """`encode` of each text, in parallel over the machine's cores."""
         self._backend.encode_special_tokens = not special
-        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _naming_surrogates(texts):
+            return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_with_offsets(
         self, text: str, *, special: bool = True
@@ -97,7 +99,8 @@ class Tokenizer:
         Both tokens of a character cut in two have the whole character.
         """
         self._backend.encode_special_tokens = not special
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        with _naming_surrogates([text]):
+            encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     @property
@@ -121,6 +124,22 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
         if self.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _naming_surrogates(texts: Sequence[str]) -> Iterator[None]:
+    """A text that UTF-8 cannot hold, as a terminal's broken bytes become, is a TypeError of the binding without a word
+    of where."""
+    try:
+        yield
+    except TypeError:
+        for text in texts:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                got = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
+                raise ValueError(f"tokenizer: text must be valid Unicode, got {got}") from None
+        raise
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

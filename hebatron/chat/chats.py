@@ -211,6 +211,8 @@ class ChatEncoder:
     def encode(self, chat: Chat) -> Sample:
         """Tokens and loss mask of one chat, in which earlier turns keep their reasoning; raises BadChat."""
         messages = [self._split_reasoning(m) for m in self.refuse_control(chat.messages, chat.name)]
+        for i, tool in enumerate(chat.tools or ()):  # a description is a text like others
+            self._refuse_control(tool, f"{chat.name}: tools[{i}]")
         try:
             text = self._render(chat, messages)
             ids, offsets = self.tokenizer.encode_with_offsets(text)
@@ -237,11 +239,19 @@ class ChatEncoder:
     def refuse_control(self, messages: list[Message], name: str) -> list[Message]:
         """`messages`, of which none spells a control token: a text must not open or close turns."""
         for i, message in enumerate(messages):
-            text = json.dumps(message, ensure_ascii=False)
-            for token in (*self.control_tokens, BEGIN, END):
-                if token in text:
-                    raise BadChat("control token", f"{name}: messages[{i}] must not spell {token!r}, got it")
+            self._refuse_control(message, f"{name}: messages[{i}]")
         return messages
+
+    def _refuse_control(self, value: Any, where: str) -> None:
+        text = json.dumps(value, ensure_ascii=False)
+        for token in (*self.control_tokens, BEGIN, END):
+            if token in text:
+                raise BadChat("control token", f"{where} must not spell {token!r}, got it")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            got = f"U+{ord(text[error.start]):04X}"
+            raise BadChat("lone surrogate", f"{where} must be valid Unicode, got {got}") from None
 
     def _split_reasoning(self, message: Message) -> Message:
         """Reasoning written into the content goes to its own field, which renders the same, if the template has one."""

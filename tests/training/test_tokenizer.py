@@ -75,6 +75,14 @@ def test_tokenizer_batch_is_one_by_one(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_batch([]) == []
 
 
+def test_tokenizer_names_what_utf8_cannot_hold(tokenizer: Tokenizer) -> None:
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(
+            ValueError, match=r"^tokenizer: text must be valid Unicode, got U\+DCD7 at character 3$"
+        ):
+            encode("ab\udcd7")  # a byte of a broken argument, as Python hands it on
+
+
 def test_tokenizer_saved_folder_is_the_same_in_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     for theirs in (
