@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,10 @@ def hub_tensors(model: Hebatron) -> dict[str, Tensor]:
     return tensors
 
 
-def kept_names(model: Hebatron) -> set[str]:
-    """Names of the tensors that stay at least fp32 in memory."""
-    owners = [(name, module) for name, module in model.named_modules() if isinstance(module, AtLeastFloat32)]
-    return {f"{name}.{leaf}" for name, module in owners for leaf in (*module._parameters, *module._buffers)}
+def kept_names(model: Hebatron, names: Iterable[str]) -> set[str]:
+    """Those of the tensors that stay at least fp32 in memory, packed or not."""
+    owners = {name for name, module in model.named_modules() if isinstance(module, AtLeastFloat32)}
+    return {name for name in names if name.rpartition(".")[0] in owners}
 
 
 def from_pretrained(
@@ -87,7 +87,7 @@ def from_pretrained(
     own = stored["backbone.embeddings.weight"]
     model.to(dtype or (torch.float32 if own == torch.float16 else own)).to_empty(device=device or "cpu")
     model.tie()
-    kept = kept_names(model)
+    kept = kept_names(model, stored)
     model.stored_dtypes = {n: stored[n] for n in kept if stored[n].itemsize < 4}
     targets = hub_tensors(model)
     tied_head = None
@@ -306,7 +306,8 @@ def _hub_config(model: Hebatron, dtype: torch.dtype | None) -> dict[str, Any]:
 
 
 def _write_weights(model: Hebatron, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
-    tensors, kept = hub_tensors(model), kept_names(model)
+    tensors = hub_tensors(model)
+    kept = kept_names(model, tensors)
     rest = dtype or model.backbone.embeddings.weight.dtype
 
     def written(name: str) -> torch.dtype:

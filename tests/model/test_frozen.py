@@ -1,6 +1,7 @@
 import pytest
 import torch
 from model_cases import CONFIG, MIXED
+from safetensors.torch import load_file, save_file
 
 from hebatron import Hebatron
 from hebatron.frozen import FrozenExperts
@@ -67,6 +68,25 @@ def test_frozen_state_dict_and_export_hold_the_rounded_weights(name, tmp_path):
     loaded = Hebatron.from_pretrained(tmp_path)
     loaded.compute_dtype = torch.bfloat16
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_frozen_export_keeps_the_dtypes_of_an_export_before(stored, dtype, tmp_path):
+    Hebatron(CONFIG).save_pretrained(tmp_path / "fp32")
+    weights = load_file(tmp_path / "fp32/model.safetensors")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/config.json").write_bytes((tmp_path / "fp32/config.json").read_bytes())
+    save_file({name: w.to(stored) for name, w in weights.items()}, tmp_path / "hub/model.safetensors")
+    written = []
+    for freeze in (False, True):
+        model = Hebatron.from_pretrained(tmp_path / "hub")
+        model = model.freeze_for_inference() if freeze else model
+        model.save_pretrained(tmp_path / str(freeze), dtype=dtype)
+        written.append(load_file(tmp_path / str(freeze) / "model.safetensors"))
+    assert {n: w.dtype for n, w in written[1].items()} == {n: w.dtype for n, w in written[0].items()}
+    router = next(w for name, w in written[1].items() if name.endswith("gate.weight"))
+    assert router.dtype == stored  # fp32 where it came so, whatever is asked
 
 
 def test_frozen_holds_the_experts_once():
