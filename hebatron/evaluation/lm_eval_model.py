@@ -10,6 +10,7 @@ Everything is scored by this library's own functions (scoring.py, complete.py), 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ try:
 except ImportError as error:
     raise ValueError("lm-eval: lm_eval must be installed, got none; pip install 'hebatron[eval]'") from error
 
+from ..chat.chats import ChatEncoder
 from ..chat.template import Message, open_template
 from ..model import Hebatron
 from ..tokenizer import Tokenizer
@@ -116,6 +118,8 @@ class HebatronLM(LM):
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
         results = [""] * len(requests)
+        # a chat's answer ends with its turn, whether or not the config counts that token among its own ends
+        end = self.tokenizer.token_id(self._chat.end_of_turn) if self._special else None
         for group in groups.values():
             options = _options(requests[group[0]].args[1])
             written = complete(
@@ -123,6 +127,7 @@ class HebatronLM(LM):
                 self.tokenizer,
                 [requests[i].args[0] for i in group],
                 special=self._special,
+                ends=[] if end is None else [end],
                 batch_tokens=self.batch_tokens,
                 **options,
             )
@@ -139,12 +144,15 @@ class HebatronLM(LM):
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template's text, which lm_eval writes into its results."""
-        return open_template(self._template, self.tokenizer).text if chat_template else ""
+        return self._chat.template.text if chat_template else ""
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
-        template = open_template(self._template, self.tokenizer)
         self._special = True
-        return template.render(chat_history, generation=add_generation_prompt, thinking=False)
+        return self._chat.template.render(chat_history, generation=add_generation_prompt, thinking=False)
+
+    @cached_property
+    def _chat(self) -> ChatEncoder:
+        return ChatEncoder(self.tokenizer, open_template(self._template, self.tokenizer))
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:

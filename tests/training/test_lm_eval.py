@@ -137,6 +137,25 @@ def test_chats_are_rendered_by_the_template(folder: Path, tokenizer: Tokenizer) 
     assert chatty.chat_template(True) == NEMOTRON3 and chatty.tokenizer_name == tokenizer.fingerprint
 
 
+def test_a_chats_answer_ends_with_its_turn(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason=REASON)
+    from hebatron.evaluation import complete as completing
+    from hebatron.evaluation.lm_eval_model import HebatronLM
+
+    chatty = HebatronLM(str(folder), template="nemotron3")
+    end = tokenizer.token_id("<|im_end|>")
+    assert end is not None and end not in chatty.model.config.eos_token_ids
+    written = iter([*tokenizer.encode("שלום"), end, *tokenizer.encode("user")] * 2)
+    monkeypatch.setattr(completing, "choose", lambda *_: torch.tensor([next(written)]))
+    asked = ("שאלה", {"max_gen_toks": len(tokenizer.encode("שלום")) + 2})
+    assert chatty.generate_until(requests(asked))[0].startswith("שלוםu")  # no chat: it has no turns
+    written = iter([*tokenizer.encode("שלום"), end])
+    prompt = chatty.apply_chat_template([{"role": "user", "content": asked[0]}])
+    assert chatty.generate_until(requests((prompt, asked[1]))) == ["שלום"]
+
+
 def test_a_model_is_given_in_one_way(model: Hebatron, folder: Path) -> None:
     pytest.importorskip("lm_eval", reason=REASON)
     from hebatron.evaluation.lm_eval_model import HebatronLM
