@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ModelConfig, read_json
+from .files import fsync
 from .model import AtLeastFloat32, Experts, Hebatron, check_dtype
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -358,16 +359,8 @@ def _new_folder(folder: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
+            fsync(path)
         temporary.rename(target)
-        _flush(target.parent)
+        fsync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,16 +19,7 @@ SHAPES = [
     ("wgrad", EXPERT_WIDTH, WIDTH),
 ]
 LISTS = {"k_major": "TILES", "n_major": "DGRAD_TILES", "wgrad": "WGRAD_TILES"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _emulator():
-    lacks = testing.emulator_lacks()
-    if lacks is not None:
-        pytest.skip(f"the emulator needs {lacks}")
-    testing.load_emulator()
-    yield
-    _native.emulator_module = None
+pytestmark = pytest.mark.usefixtures("emulator")
 
 
 def tile_of(use, rows, k, n, experts=EXPERTS, sms=SMS, measured=()):
