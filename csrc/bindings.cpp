@@ -236,6 +236,8 @@ static LossArgs read_loss(Reader& in, bool outputs) {
   a.targets_stride = in.integer("targets_stride");
   if (outputs) a.losses = (float*)in.pointer("losses");
   a.lse = (float*)in.pointer("lse");
+  a.z = (float*)in.pointer("z");
+  a.z_stride = in.integer("z_stride");
   return a;
 }
 

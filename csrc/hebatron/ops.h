@@ -195,11 +195,13 @@ struct LossArgs {
   int64_t targets_stride;
   float* losses;  // tokens
   float* lse;     // tokens: logsumexp(z_t), 0 where ignored
+  float* z;       // null, or the logits of the tokens that count, in order, for the backward: tokens, z_stride
+  int64_t z_stride;
 };
 
 // Gradients of the above, contiguous.
 struct LossBwdArgs {
-  LossArgs forward;       // lse as the forward wrote it; losses unused
+  LossArgs forward;       // lse and z as the forward wrote them; losses unused
   const float* upstream;  // tokens
   void* grad_x;           // tokens, width
   void* grad_weight;      // entries, width

@@ -22,7 +22,8 @@ def _fake(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reducti
 
 
 def _fake_keep(x: Tensor, weight: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return (x.new_empty(targets.shape, dtype=torch.float32),)
+    shapes = (targets.shape, native.kept_logits(x, weight))
+    return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 _linear_cross_entropy = Operator(
@@ -67,11 +68,11 @@ def linear_cross_entropy(
         rows hold.
 
     Backends:
-        native: fp32 and bf16; logits, softmax and sums in fp32, the gradient of the logits rounded to the dtype. The
-        logits are made again in the backward, so nothing but one number per token is kept. C++ on the CPU, 512 entries
-        at a time; a token's loss does not depend on the others there. On CUDA torch's products around a kernel, 2^27
-        logits at a time; a target out of range makes its token's loss NaN. emulator: that kernel on CPU tensors, for
-        tests.
+        native: fp32 and bf16; logits, softmax and sums in fp32, the gradient of the logits rounded to the dtype. C++ on
+        the CPU, 512 entries at a time; a token's loss does not depend on the others there. Up to 2^23 logits (34 MB)
+        are kept for the backward; beyond, and on CUDA, they are made again and one number per token is kept. On CUDA
+        torch's products around a kernel, 2^27 logits at a time; a target out of range makes its token's loss NaN.
+        emulator: that kernel on CPU tensors, for tests.
         torch: chunks of tokens (256 at a vocabulary of 4,096 or more), every dtype and device. Logits and softmax are
         fp32 whatever the dtype; a half-precision gradient is rounded once per chunk and summed in fp32.
         reference: fp64, all logits.

@@ -20,6 +20,8 @@ from .._products import add_product, product
 # fp32 logits that exist at once on CUDA, 512 MB: 1,024 rows of 131,072, for which the weights are read in 0.24 ms and
 # multiplied in 0.9. Never fewer tokens or entries than keep a product busy.
 CHUNK_LOGITS, CHUNK_TOKENS, SLAB_ENTRIES = 2**27, 256, 1024
+# fp32 logits that the CPU's forward keeps for the backward, 34 MB. Beyond, they are made again: a fourth product.
+KEPT_LOGITS = 2**23
 
 
 def supports_linear_cross_entropy(
@@ -35,18 +37,33 @@ def kernels_linear_cross_entropy(*args: object) -> list[str]:
 def linear_cross_entropy(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    return linear_cross_entropy_keep(x_TD, weight_VD, targets_T, ignore_index, reduction)[0]
+    return _forward(x_TD, weight_VD, targets_T, ignore_index, reduction, None)[0]
 
 
 def linear_cross_entropy_keep(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, each token's logsumexp (0 where ignored), and the logits of those that count, or none of them."""
+    z_TV = _native.empty(kept_logits(x_TD, weight_VD), torch.float32)
+    return *_forward(x_TD, weight_VD, targets_T, ignore_index, reduction, z_TV), z_TV
+
+
+def kept_logits(x_TD: Tensor, weight_VD: Tensor) -> tuple[int, int]:
+    """(T, the stride of a row): whole panels of entries and no power of two; (0, 0) where logits are made again."""
+    tokens, entries = x_TD.shape[0], weight_VD.shape[0]
+    if _native.on_cuda(x_TD) or tokens * entries > KEPT_LOGITS:
+        return 0, 0
+    return tokens, (entries + 63) // 64 * 64 + 64
+
+
+def _forward(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int, reduction: str, z_TV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and each token's logsumexp (0 where ignored)."""
     losses_T, lse_T = (x_TD.new_empty(len(targets_T), dtype=torch.float32) for _ in range(2))
     if _native.on_cuda(x_TD):
         without_autocast(_losses, (losses_T, lse_T, x_TD, weight_VD, targets_T, ignore_index))
     else:
-        inputs = _inputs(x_TD, weight_VD, targets_T, ignore_index)
+        inputs = _inputs(x_TD, weight_VD, targets_T, ignore_index, z_TV)
         _native.call("linear_cross_entropy_fwd", **inputs, losses=losses_T, lse=lse_T)
     if reduction == "none":
         return losses_T, lse_T
@@ -73,7 +90,7 @@ def linear_cross_entropy_keep_bwd(
     found = [_native.empty(x.shape, x.dtype) for x in (x_TD, weight_VD)]
     _native.call(
         "linear_cross_entropy_bwd",
-        **_inputs(x_TD, weight_VD, targets_T, ignore_index),
+        **_inputs(x_TD, weight_VD, targets_T, ignore_index, kept[1]),
         lse=kept[0],
         upstream=upstream_T,
         grad_x=found[0],
@@ -82,7 +99,10 @@ def linear_cross_entropy_keep_bwd(
     return [g if want else g.new_empty(0) for g, want in zip(found, wanted)]
 
 
-def _inputs(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int) -> dict[str, Any]:
+def _inputs(
+    x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int, z_TV: Tensor | None
+) -> dict[str, Any]:
+    z_TV = z_TV if z_TV is not None and z_TV.numel() else None
     return {
         "tokens": x_TD.shape[0],
         "entries": weight_VD.shape[0],
@@ -96,6 +116,8 @@ def _inputs(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: in
         "weight_stride": weight_VD.stride(0),
         "targets": targets_T,
         "targets_stride": targets_T.stride(0),
+        "z": z_TV,
+        "z_stride": 0 if z_TV is None else z_TV.stride(0),
     }
 
 

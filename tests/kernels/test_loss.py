@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hebatron_kernels as hk
 from hebatron_kernels import _native, testing
-from hebatron_kernels.loss import torch_ops
+from hebatron_kernels.loss import native, torch_ops
 
 BACKENDS = ["torch", "reference"]
 
@@ -219,12 +219,34 @@ NATIVE = [(1, 1, 1), (5, 33, 113), (270, 24, 51), (50, 130, 1100), (9, 3, 1537),
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("tokens", "width", "entries"), NATIVE)
-def test_linear_cross_entropy_native_matches_oracle(isa, dtype, reduction, tokens, width, entries):
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "again"])
+def test_linear_cross_entropy_native_matches_oracle(
+    isa, dtype, reduction, tokens, width, entries, kept, monkeypatch
+):
     if tokens == 0 and reduction == "mean":
         return  # refused: above
+    if not kept:
+        monkeypatch.setattr(native, "KEPT_LOGITS", -1)
     with testing.use_isa(isa):
         args = [*make(tokens, width, entries), -100, reduction]
         testing.check_oracle(hk.linear_cross_entropy, args, dtype, "native")
+
+
+@pytest.mark.parametrize("isa", testing.isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy_native_gives_the_same_bits_whether_it_keeps_the_logits(isa, dtype, monkeypatch):
+    args = [*make(300, 40, 700, dtype), -100, "mean"]
+    with testing.use_isa(isa):
+        kept = testing.run(hk.linear_cross_entropy, args, backend="native")
+        monkeypatch.setattr(native, "KEPT_LOGITS", 300 * 700 - 1)
+        again = testing.run(hk.linear_cross_entropy, args, backend="native")
+    assert all(torch.equal(value, again[name]) for name, value in kept.items())
+
+
+@pytest.mark.parametrize("tokens", [1023, 1024, 1025])
+def test_linear_cross_entropy_native_keeps_at_most_34_megabytes(tokens):
+    kept = native.kept_logits(torch.empty(tokens, 1), torch.empty(8192, 1))
+    assert kept == ((0, 0) if tokens > 1024 else (tokens, 8256))
 
 
 @pytest.mark.parametrize("isa", testing.isas())
@@ -302,7 +324,7 @@ def test_linear_cross_entropy_native_needs_a_few_megabytes():
     # 131,072 entries of 2,688 in bf16, 1,024 tokens: all logits would be 512 MB in fp32, the weight is 705
     numbers = dict(tokens=1024, entries=131072, width=2688, ignore_index=-100, dtype="bfloat16", workers=2)
     pointers = dict(x=None, x_stride=2688, weight=None, weight_stride=2688, targets=None, targets_stride=1)
-    module, given = _native.cpu_module, {**numbers, **pointers, "lse": None}
+    module, given = _native.cpu_module, {**numbers, **pointers, "lse": None, "z": None, "z_stride": 0}
     assert module.linear_cross_entropy_fwd_workspace(**given, losses=None) < 4e6
     backward = module.linear_cross_entropy_bwd_workspace(
         **given, upstream=None, grad_x=None, grad_weight=None
