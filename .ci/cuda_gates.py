@@ -139,7 +139,10 @@ def check_file(
         meant = list(demand.get("must", []))
         for part, more in demand.get("where", {}).items():
             meant += more if part in names[symbol] else []
-        failures += [f"{where}: holds no {name}" for name in meant if not holds(instructions, name)]
+        unwanted = [name.removeprefix("no ") for name in meant if name.startswith("no ")]
+        failures += [f"{where}: holds {name}" for name in unwanted if name in instructions]
+        wanted = [name for name in meant if not name.startswith("no ")]
+        failures += [f"{where}: holds no {name}" for name in wanted if not holds(instructions, name)]
         refused = [*LOCAL_MEMORY, *demand.get("must_not", [])]
         failures += [f"{where}: holds {name}" for name in refused if holds(instructions, name)]
     return failures

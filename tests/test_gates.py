@@ -151,6 +151,11 @@ def test_an_instantiation_may_have_demands_of_its_own():
     assert failures(budget=with_where(**{"<128>": ["HGMMA.64x208x16"]})) == []
     [failure] = failures(budget=with_where(**{"<128>": ["HGMMA.64x128x16"]}))
     assert failure == f"gemm: {GEMM} for sm_90a: holds no HGMMA.64x128x16"
+    stores = ("HGMMA.64x208x16.F32.BF16 R24", "UTMALDG.3D [UR8]", "STG.E.128 [R2], R4")
+    refusing = with_where(**{"<128>": ["STG.E.128", "no STG.E"]})
+    assert failures(code=sass(gemm=stores), budget=refusing) == []
+    [failure] = failures(code=sass(gemm=(*stores, "@P0 STG.E [R2], R4")), budget=refusing)
+    assert failure == f"gemm: {GEMM} for sm_90a: holds STG.E"
     [failure] = failures(budget=with_where(**{"<64>": ["HGMMA"]}))
     assert failure == "gemm: gemm: no instantiation has <64> in its name"
 

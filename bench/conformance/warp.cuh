@@ -1,5 +1,7 @@
 // Warp and block collectives, order between blocks, clusters, conversions, approximate functions, dependent launches.
 #pragma once
+#include <cmath>
+
 #include "harness.h"
 
 namespace hebatron::conformance {
@@ -134,9 +136,18 @@ inline Bytes run_atomics() {
 __global__ void streaming(const uint4* in, uint4* out) {
   const uint4 v = load_streaming(in + (threadIdx.x ^ 3));
   uint2* halves = reinterpret_cast<uint2*>(out + threadIdx.x);
-  if (threadIdx.x % 2) return store_streaming(out + threadIdx.x, v);
-  store_streaming(halves, uint2{v.x, v.y});
-  store_streaming(halves + 1, uint2{v.z, v.w});
+  switch (threadIdx.x % 4) {
+    case 0:
+      store_streaming(halves, uint2{v.x, v.y});
+      return store_streaming(halves + 1, uint2{v.z, v.w});
+    case 1:
+      return store_streaming(out + threadIdx.x, v);
+    case 2:
+      store_vector(halves, uint2{v.x, v.y});
+      return store_vector(halves + 1, uint2{v.z, v.w});
+    default:
+      store_vector(out + threadIdx.x, v);
+  }
 }
 inline Bytes run_streaming() {
   const Buffer<uint32_t> in(noise_words(5, 64 * 4));
@@ -223,6 +234,21 @@ inline Bytes run_approximations() {
   return out.read();
 }
 
+// What softmax, gates and norms rely on at the ends of the range, where every chip must give the same.
+__global__ void limits(const float* in, uint32_t* out) {
+  const float v = in[threadIdx.x];
+  const float results[7] = {exp2_approx(v),  exp_approx(v), rsqrt_approx(v), sqrt_approx(v), 1.0f / (1.0f + exp_approx(-v)),
+                            fmaxf(v, 3.0f), v - v};
+#pragma unroll
+  for (int i = 0; i < 7; i++) out[threadIdx.x * 7 + i] = results[i] != results[i] ? 0x7fffffffu : bits(results[i]);
+}
+inline Bytes run_limits() {
+  const Buffer<float> in(std::vector<float>{-INFINITY, INFINITY, NAN, 0.0f, -1000.0f});
+  const Buffer<uint32_t> out(5 * 7);
+  run(limits, shape_of(1, 5), in.get(), out.get());
+  return out.read();
+}
+
 // The second kernel may start early and must see what the first one wrote.
 __global__ void dependent_first(const uint32_t* in, uint32_t* middle) {
   grid_dependency_launch();
@@ -271,6 +297,7 @@ inline void add_warp_cases(Cases& cases) {
   cases.push_back({"cluster4", run_cluster_memory<4>});
   cases.push_back({"conversions", run_conversions});
   cases.push_back({"approximations", run_approximations, 16});  // exp_approx: 2 + 1.17 |x| units, |x| <= 8
+  cases.push_back({"limits", run_limits});
   cases.push_back({"dependent_launch", run_dependent_launch});
   cases.push_back({"registers", run_registers});
 }

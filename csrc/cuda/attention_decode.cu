@@ -1,7 +1,8 @@
 // What      one new key and value per sequence into its pages, then o = softmax(scale q k^T) v over them, one query token each.
 // Grid      append, a thread per 16 bytes; then attend, a block per (part of the keys, kv head and 16 of its query heads,
 //           sequence): 4 warps (2 for head dims above 128), each with 16 keys at a time and 3 stages of its own in shared
-//           memory: 96 KB for head dims above 64, 48 KB else. Parts are a pure function of the sizes: two blocks an SM.
+//           memory: 96 KB for head dims above 64, 48 KB else. Parts are a pure function of the sizes: two blocks an SM, of which
+//           chips with less shared memory than Hopper run one after another at 96 KB, 64 KB of keys still in flight an SM.
 // Traffic   every key and value that is seen, once per 16 query heads of its kv head; a part's sums 8.8 KB out and back by L2.
 // Roofline  DRAM: 4 * keys * kv_heads * head_dim bytes. 65,536 keys, 2 kv heads of 128: 67 MB, H100 22.4 us at 3.0 TB/s, A100
 //           32.9 us at 2.04; 32 sequences of 8,192: 268 MB, 89 and 132 us. Computed. The append and its launch come in front.
@@ -126,12 +127,13 @@ struct Sums {
     for (int half = 0; half < 2; half++) {
       float top = fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]), fmaxf(s[1][2 * half], s[1][2 * half + 1]));
       top = fmaxf(largest[half], quad_max(top) * scale);
-      const float ratio = exp2_approx(largest[half] - top);
+      const float unit = top == kNone ? 0.0f : top;  // keys whose scores are all -inf weigh 0 beside others
+      const float ratio = exp2_approx(largest[half] - unit);
       largest[half] = top;
       total[half] *= ratio;
 #pragma unroll
       for (int j = 0; j < 2; j++) {
-        const float x = exp2_approx(s[j][2 * half] * scale - top), y = exp2_approx(s[j][2 * half + 1] * scale - top);
+        const float x = exp2_approx(s[j][2 * half] * scale - unit), y = exp2_approx(s[j][2 * half + 1] * scale - unit);
         total[half] += x + y;
         weights[2 * j + half] = pack_bf16(x, y);
       }
@@ -154,7 +156,8 @@ struct Sums {
       const int r = row + half * 8;
       const float all = quad_sum(total[half]);
 #pragma unroll
-      for (int j = 0; j < T::kDim / 8; j++) cuda::store<2>(part + r * T::kRow + j * 8 + column, {o[j][2 * half], o[j][2 * half + 1]});
+      for (int j = 0; j < T::kDim / 8; j++)
+        *reinterpret_cast<float2*>(part + r * T::kRow + j * 8 + column) = float2{o[j][2 * half], o[j][2 * half + 1]};
       if (column == 0) part[kHeads * T::kRow + r] = largest[half], part[kHeads * T::kRow + kHeads + r] = all;
     }
   }

@@ -11,7 +11,7 @@
 // threads of a warpgroup. wgmma_ss<kTransA, kTransB> takes descriptors of shared memory tiles (0: K-major, 1: MN-major),
 // wgmma_rs<kTransB> takes A from registers in the fragment of mma_m16n8k16; N is twice the accumulator's length.
 // What reads an accumulator stands behind wgmma_wait and wgmma_hold(accumulator). load_streaming is for memory that no
-// thread writes while the kernel runs. cp.async and plain stores write through the generic proxy; TMA and wgmma go through the async proxy: what one writes
+// thread writes while the kernel runs. store_vector and store_streaming are one store to device memory. cp.async and plain stores write through the generic proxy; TMA and wgmma go through the async proxy: what one writes
 // the other sees only across fence_proxy_async (TMA's own mbarrier needs none).
 #pragma once
 #include <cstring>
@@ -106,17 +106,29 @@ HEBATRON_DEVICE void load(const T* p, float (&out)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; i++) out[i] = widen(pack.value[i]);
 }
+// To device memory. Whole packs go by store_vector: nvcc 13 takes stores in C++, also those of a uint4, apart into words where
+// the values come through a branch, as a residual that may be missing: four times the requests of a kernel bound by them.
 template <int kCount, class T>
 HEBATRON_DEVICE void store(T* p, const float (&in)[kCount]) {
-  Pack<T, kCount> pack;
+  constexpr int kWords = kCount * int(sizeof(T)) / 4;
+  if constexpr (kWords < 2) {
+    Pack<T, kCount> pack;
 #pragma unroll
-  for (int i = 0; i < kCount; i++) narrow(in[i], pack.value[i]);
-  if constexpr (sizeof pack == 16) {  // as words: nvcc 13 takes a struct of bf16 apart into stores of 4 and 8 bytes
-    uint4 words;
-    memcpy(&words, &pack, sizeof words);
-    *reinterpret_cast<uint4*>(p) = words;
-  } else {
+    for (int i = 0; i < kCount; i++) narrow(in[i], pack.value[i]);
     *reinterpret_cast<Pack<T, kCount>*>(p) = pack;
+  } else {
+    uint32_t words[kWords];
+    if constexpr (sizeof(T) == 4)
+      memcpy(words, in, sizeof words);
+    else
+#pragma unroll
+      for (int i = 0; i < kWords; i++) words[i] = pack_bf16(in[2 * i], in[2 * i + 1]);
+    if constexpr (kWords == 2) {
+      store_vector(p, uint2{words[0], words[1]});
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) store_vector(p + i * kCount / kWords, uint4{words[i], words[i + 1], words[i + 2], words[i + 3]});
+    }
   }
 }
 

@@ -22,6 +22,48 @@ HEBATRON_DEVICE float rounded(float v) {
 
 HEBATRON_DEVICE float sigmoid(float v) { return 1.0f / (1.0f + exp_approx(-v)); }
 
+template <int kCount>
+constexpr int kAtOnce = kCount == 1 ? 1 : 4;  // packs read together: all of them; single elements by twos and fours spill
+
+// A thread's packs of a row from number `first` on as they lie in memory, zeros past the row's columns. They are read before
+// one is used: behind a store, which for all nvcc knows is of what comes next, every pack would wait for DRAM on its own.
+template <class T, int kCount>
+struct RowPacks {
+  static constexpr int kWords = kCount * int(sizeof(T)) < 4 ? 1 : kCount * int(sizeof(T)) / 4;
+  uint32_t word[kAtOnce<kCount>][kWords] = {};
+
+  HEBATRON_DEVICE void read(const T* row, int64_t columns, int first) {
+#pragma unroll
+    for (int p = 0; p < kAtOnce<kCount>; p++) {
+      const int64_t column = (int64_t(first + p) * blockDim.x + threadIdx.x) * kCount;
+      if (column >= columns) continue;
+      if constexpr (kWords >= 4) {
+#pragma unroll
+        for (int i = 0; i < kWords; i += 4) {
+          const uint4 v = *reinterpret_cast<const uint4*>(row + column + i * kCount / kWords);
+          word[p][i] = v.x, word[p][i + 1] = v.y, word[p][i + 2] = v.z, word[p][i + 3] = v.w;
+        }
+      } else if constexpr (kWords == 2) {
+        const uint2 v = *reinterpret_cast<const uint2*>(row + column);
+        word[p][0] = v.x, word[p][1] = v.y;
+      } else if constexpr (sizeof(T) == 4) {
+        word[p][0] = *reinterpret_cast<const uint32_t*>(row + column);
+      } else {
+        word[p][0] = *reinterpret_cast<const uint16_t*>(row + column);
+      }
+    }
+  }
+  HEBATRON_DEVICE float operator()(int p, int i) const {
+    if constexpr (sizeof(T) == 2) {
+      return unpack_bf16(word[p][i / 2], i % 2);
+    } else {
+      float v;
+      memcpy(&v, &word[p][i], sizeof v);
+      return v;
+    }
+  }
+};
+
 // Threads of a block for rows of so many columns.
 template <int kCount>
 int threads_for_row(const char* op, const char* what, int64_t columns) {

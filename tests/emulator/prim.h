@@ -125,6 +125,8 @@ HEBATRON_DEVICE void store_release(uint32_t* p, uint32_t v) { emulator::store_re
 HEBATRON_DEVICE uint4 load_streaming(const void* p) { return *static_cast<const uint4*>(p); }
 HEBATRON_DEVICE void store_streaming(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 HEBATRON_DEVICE void store_streaming(void* p, uint2 v) { *static_cast<uint2*>(p) = v; }
+HEBATRON_DEVICE void store_vector(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+HEBATRON_DEVICE void store_vector(void* p, uint2 v) { *static_cast<uint2*>(p) = v; }
 
 HEBATRON_DEVICE uint32_t smem_address(const void* p) { return emulator::shared_address(p); }
 HEBATRON_DEVICE uint32_t map_to_rank(uint32_t address, uint32_t rank) { return emulator::map_to_rank(address, rank); }
@@ -226,7 +228,10 @@ HEBATRON_DEVICE void registers_increase() {
 }
 HEBATRON_DEVICE void grid_dependency_wait() {}  // launches run one after another
 HEBATRON_DEVICE void grid_dependency_launch() {}
-HEBATRON_DEVICE float exp2_approx(float v) { return exp2f(v); }
+HEBATRON_DEVICE float exp2_approx(float v) {  // .ftz: no denormal comes out
+  const float r = exp2f(v);
+  return r < 0x1p-126f ? 0.0f : r;
+}
 HEBATRON_DEVICE float exp_approx(float v) { return expf(v); }
 HEBATRON_DEVICE float sqrt_approx(float v) { return sqrtf(v); }
 HEBATRON_DEVICE float rsqrt_approx(float v) { return 1.0f / sqrtf(v); }

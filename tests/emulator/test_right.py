@@ -71,7 +71,22 @@ def bulk_copies() -> bytes:
     return out.tobytes() * 2 + total.tobytes()
 
 
+def limits() -> bytes:
+    """By argument (-inf, inf, NaN, 0, -1000): 2^v, e^v, 1 / sqrt v, sqrt v, sigmoid v, the larger of v and 3, v - v."""
+    nan, inf = np.nan, np.inf
+    rows = [
+        [0, 0, nan, nan, 0, 3, nan],
+        [inf, inf, 0, inf, 1, inf, nan],
+        [nan, nan, nan, nan, nan, 3, nan],
+        [1, 1, inf, 0, 0.5, 3, 0],
+        [0, 0, nan, nan, 0, 3, 0],
+    ]
+    values = np.array(rows, np.float32)
+    return np.where(np.isnan(values), np.uint32(0x7FFFFFFF), values.view(np.uint32)).tobytes()
+
+
 SIMPLE = {
+    "limits": limits,
     "tickets": scans,
     "streaming": streams,
     "cluster2": lambda: clusters(2),

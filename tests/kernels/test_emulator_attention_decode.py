@@ -108,6 +108,16 @@ def test_attention_decode_emulated_keeps_nan_to_its_sequence():
     assert got[1, 0].isnan().all() and torch.equal(got[[0, 2]], want[[0, 2]])
 
 
+def test_attention_decode_emulated_gives_scores_of_minus_infinity_no_weight():
+    args, _ = paged([90], 16, 2, 1, dtype=BF16)
+    args[3].nan_to_num_()
+    args[0][..., 0] = 1
+    args[3][0, args[4][0, 0], ..., 0] = -torch.inf  # 16 keys: all that a warp has seen after its first step
+    got = decode(*args, backend="emulator")
+    exact = [a.double() if a.is_floating_point() else a for a in args]
+    torch.testing.assert_close(got.double(), decode(*exact, backend="reference"), rtol=2**-7, atol=2**-7)
+
+
 def test_attention_decode_emulated_takes_strided_tensors_and_no_sequence():
     args, _ = paged(LENGTHS, dtype=BF16)
     want = decode(*args, backend="emulator")
