@@ -401,7 +401,9 @@ void* shared_array(const void* tag, size_t bytes, size_t alignment) {
   for (const auto& [known, offset] : statics)
     if (known == tag) return b.shared + offset;
   const size_t offset = (b.bytes_used + std::max<size_t>(alignment, 16) - 1) / std::max<size_t>(alignment, 16) * std::max<size_t>(alignment, 16);
-  if (offset + bytes > size_t(current.bytes_shared)) fail("static and dynamic shared memory together are more than a block may use");
+  // on a GPU the statics come first and the dynamic memory, declared on 1,024 bytes, behind them: ptxas rounds the statics up
+  const size_t bytes_first = b.bytes_dynamic ? (offset + bytes - b.bytes_dynamic + 1023) / 1024 * 1024 : offset + bytes;
+  if (bytes_first + b.bytes_dynamic > size_t(current.bytes_shared)) fail("static and dynamic shared memory together are more than a block may use");
   bytes_statics = offset + bytes;
   statics.push_back({tag, offset});
   for (size_t slot = 0; slot < bytes_arena / kBytesSlot; slot++)
@@ -548,6 +550,7 @@ static void undefined(const SourceLocation* at, const char* what) {
 }
 #define HEBATRON_UNDEFINED(name, what) \
   void __ubsan_handle_##name(SourceLocation* at, ...) { undefined(at, what); }
+HEBATRON_UNDEFINED(type_mismatch_v1, "a vector is read or written at an address that is no multiple of its size,")
 HEBATRON_UNDEFINED(out_of_bounds, "an array index is out of bounds")
 HEBATRON_UNDEFINED(shift_out_of_bounds, "a shift is out of range")
 HEBATRON_UNDEFINED(add_overflow, "a signed sum overflows")

@@ -65,6 +65,8 @@ BUGS: dict[str, Report | list[Report]] = {
     "language/local_array": error("an array index is out of bounds", "local_array.index"),
     "language/shift": error("a shift is out of range", "shift"),
     "language/overflow": error("a signed product overflows", "overflow"),
+    "language/misaligned": error("at an address that is no multiple of its size", "misaligned"),
+    "both_memories/no_room_for_alignment": error("more than a block may use", "both_memories"),
     "registers/not_of_8": error("setmaxnreg takes multiples of 8 from 24 to 256, got 44", "registers"),
     # between blocks
     "blocks/one_word": race("one_word.write", "one_word.write", "out at byte 0"),

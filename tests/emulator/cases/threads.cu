@@ -126,6 +126,31 @@ void run_overflow() {
   run(overflow, 1, 1, 0, 1, in.get(), out.get());
 }
 
+__global__ void misaligned(const float* in, float* out) {
+  const float4 v = *reinterpret_cast<const float4*>(in + 4 * threadIdx.x + 1);  // LINE: misaligned
+  out[threadIdx.x] = v.x + v.y + v.z + v.w;
+}
+void run_misaligned() {
+  Tensor<float> in("in", 132, small), out("out", 32);
+  run(misaligned, 1, kWarp, 0, 1, in.get(), out.get());
+}
+
+// ---- static shared memory beside all the dynamic memory that a block may have, less one unit of 1,024 bytes or not ----
+template <int kLeft>
+__global__ void both_memories(float* out) {
+  HEBATRON_DYNAMIC_SHARED(dynamic);
+  HEBATRON_SHARED(float, fixed, kWarp);  // LINE: both_memories
+  fixed[threadIdx.x] = 1.0f;
+  reinterpret_cast<float*>(dynamic)[threadIdx.x] = 2.0f;
+  out[threadIdx.x] = fixed[threadIdx.x] + reinterpret_cast<float*>(dynamic)[threadIdx.x];
+}
+template <int kLeft>
+void run_both_memories() {
+  Tensor<float> out("out", kWarp);
+  run(both_memories<kLeft>, 1, kWarp, 232448 - kLeft, 1, out.get());
+  out.expect([](size_t) { return 3.0f; });
+}
+
 // ---- registers of a warpgroup ----
 template <int kCount>
 __global__ void registers(float* out) {
@@ -161,6 +186,9 @@ void add_thread_cases(Cases& cases) {
   cases.push_back({"language/local_array", run_local_array});
   cases.push_back({"language/shift", run_shift});
   cases.push_back({"language/overflow", run_overflow});
+  cases.push_back({"language/misaligned", run_misaligned});
+  cases.push_back({"both_memories", run_both_memories<1024>});
+  cases.push_back({"both_memories/no_room_for_alignment", run_both_memories<512>});
   cases.push_back({"registers", run_registers<40>});
   cases.push_back({"registers/not_of_8", run_registers<44>});
 }
