@@ -99,16 +99,13 @@ def attention_prefill_keep_bwd(
     scale: float | None,
     window: int | None,
 ) -> list[Tensor]:
-    grad_o = (
-        grads[0].clone() if grads[0].data_ptr() % 16 else grads[0]
-    )  # CUDA's kernels move 16 bytes at a time
     found = [_empty(x) for x in (q_THP, k_SHkP, v_SHkP)]
     _native.call(
         "attention_prefill_bwd",
         **_inputs(q_THP, k_SHkP, v_SHkP, cu_seqlens_q, cu_seqlens_k, causal, scale, window),
         o=kept[0],
         lse=kept[1],
-        grad_o=grad_o,
+        grad_o=_native.aligned(grads[0]),
         grad_q=found[0],
         grad_k=found[1],
         grad_v=found[2],

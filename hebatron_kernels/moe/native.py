@@ -266,9 +266,6 @@ def moe_mlp_keep_bwd(
     up_EFD: Tensor,
     down_EDF: Tensor,
 ) -> list[Tensor]:
-    grad_TD = (
-        grads[0].clone() if grads[0].data_ptr() % 16 else grads[0]
-    )  # CUDA's kernels move 16 bytes at a time
     numbers = _mlp_numbers(x_TD, ids_TK, weights_TK, up_EFD, down_EDF)
     given = [x_TD, weights_TK, up_EFD, down_EDF]
     found = [_empty(a, *(a.shape if want else (0,))) for a, want in zip(given, wanted)]
@@ -277,7 +274,7 @@ def moe_mlp_keep_bwd(
         "moe_mlp_bwd",
         **numbers,
         hidden=kept[0],
-        grad_y=grad_TD,
+        grad_y=_native.aligned(grads[0]),
         grad_x=found[0] if wanted[0] else None,
         grad_weights=grad_weights_TK,
         grad_up=found[2] if wanted[2] else None,

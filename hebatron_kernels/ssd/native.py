@@ -91,8 +91,8 @@ def ssd_scan_bwd(grads: list[Tensor], *args: Any) -> list[Tensor]:
     _native.call(
         "ssd_scan_bwd",
         **inputs,
-        grad_y=grads[0],
-        grad_last=grads[1],
+        grad_y=_native.aligned(grads[0]),
+        grad_last=_native.aligned(grads[1]),
         grad_x=grad_x_THP,
         grad_dt=grad_dt_TH,
         grad_A=grad_A_H,
@@ -114,6 +114,11 @@ def _rows(x: Tensor) -> Tensor:
     otherwise. Of a last dimension of one flatten makes a view whatever the strides."""
     rows = x.flatten(1)
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _step(rows: Tensor) -> int:
+    """From row to row; 0 where there is but one, whose stride torch leaves open."""
+    return rows.stride(0) if rows.shape[0] > 1 else 0
 
 
 def _scan_inputs(
@@ -150,17 +155,17 @@ def _scan_inputs(
         "dt_max": dt_limit[1],
         "dtype": _native.dtype_name(x_THP),
         "x": x,
-        "x_stride": x.stride(0),
+        "x_stride": _step(x),
         "dt": dt,
         "A": A,
         "B": B,
-        "B_stride": B.stride(0),
+        "B_stride": _step(B),
         "C": C,
-        "C_stride": C.stride(0),
+        "C_stride": _step(C),
         "D": D,
         "dt_bias": dt_bias,
         "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
-        "initial": initial,
+        "initial": None if initial is None else _native.aligned(initial),
     }
 
 
