@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(kThreads) forward(const CrossEntropyArgs a) {
         if (at + j * step < a.entries) total.add(value[j]);
     }
     const float largest = block_max(total.largest, slots);
-    const float mine = total.largest == -INFINITY ? 0.0f : total.sum * exp2_approx((total.largest - largest) * kLog2E);
+    const bool none = total.largest == -INFINITY;  // then the sum is 0, or NaN where every logit is one or -inf
+    const float mine = none ? total.sum : total.sum * exp2_approx((total.largest - largest) * kLog2E);
     const float rest = logf(block_sum(mine, slots));
     if (threadIdx.x != 0) continue;
     a.lse[row] = largest + rest;

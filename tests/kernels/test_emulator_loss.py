@@ -46,6 +46,17 @@ def test_linear_cross_entropy_emulated_in_chunks_is_the_whole(small_chunks, dtyp
     testing.check_oracle(hk.linear_cross_entropy, args, dtype, "emulator")
 
 
+@pytest.mark.parametrize(
+    "entries", [113, 128]
+)  # a thread that has no number beside it: an element each, a pack each
+def test_linear_cross_entropy_emulated_keeps_nan(entries):
+    x, weight, targets = make(4, 8, entries, dtype=FP32, ignored=0)
+    weight[60:64] = torch.nan
+    targets[:] = 3
+    loss = hk.linear_cross_entropy(x, weight, targets, -100, "none", backend="emulator")
+    assert loss.isnan().all()
+
+
 class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
     """The most elements of any result."""
 
