@@ -7,7 +7,9 @@
 // Traffic   x, B and dt twice, C once, y once, and each segment's state (32 KB a head) four times: at 65,536 tokens of 64 heads of
 //           64 x 128 in 8 groups 2.58 GB, where inputs and outputs once are 1.36 GB.
 // Roofline  that: 0.86 ms at 3.0 TB/s (H100); the products are 271 GFLOP, 0.54 ms at the 0.63 of 800 TFLOP/s that mma.sync is
-//           reported to reach. 4,096 tokens: 0.16 GB, 54 us and three launches. All computed; to reach: 1.1 ms at 65,536.
+//           reported to reach. 4,096 tokens: 0.16 GB, 54 us and three launches. The outputs' bound is shared memory: a chunk of a
+//           head passes 330 KB through it (217 of ldmatrix), 2,600 clocks of 128 bytes, 0.74 ms on 132 SMs at 1.755 GHz where its
+//           DRAM is 0.49: with the other launches 1.06 ms, and nothing lost yet. All computed; to reach: 1.1 ms at 65,536.
 // Measured  never run on hardware.
 // Limits    bf16 (mma.sync, fp32 sums and states) and fp32 (fp32 products, many times slower); head_dim a multiple of 8,
 //           state_dim one up to 128; rows of x, B, C on 16 bytes; fewer than 2^31 tokens, 64-bit offsets. The values of
