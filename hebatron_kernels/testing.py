@@ -73,7 +73,9 @@ def run(op: Callable[..., Any], args: Args, grad: bool = True, **kwargs: Any) ->
     targets = [o for o in outputs if o.requires_grad]
     if grad and targets:
         upstream = [
-            torch.cos(torch.arange(o.numel(), dtype=torch.float64) * 0.7 + 1).reshape(o.shape).to(o)
+            torch.cos(torch.arange(o.numel(), dtype=torch.float64, device=o.device) * 0.7 + 1)
+            .reshape(o.shape)
+            .to(o)
             for o in targets
         ]
         wanted = {i: a for i, a in enumerate(leaves) if isinstance(a, Tensor) and a.requires_grad}
@@ -89,11 +91,14 @@ def _exact(args: Args) -> list[Any]:
 
 def _perturbed(args: Args, seed: int) -> list[Any]:
     """Every floating argument (as fp64) moved by up to half a rounding step of its dtype."""
-    generator = torch.Generator().manual_seed(seed)
+    generators = {
+        d: torch.Generator(d).manual_seed(seed) for d in {a.device for a in args if isinstance(a, Tensor)}
+    }
     moved = []
     for a in args:
         if isinstance(a, Tensor) and a.is_floating_point():
-            shift = torch.rand(a.shape, generator=generator, dtype=torch.float64) - 0.5
+            generator = generators[a.device]
+            shift = torch.rand(a.shape, generator=generator, dtype=torch.float64, device=a.device) - 0.5
             a = a.double() * (1 + shift * torch.finfo(a.dtype).eps)
         moved.append(a)
     return moved
@@ -172,7 +177,7 @@ def check_oracle(
         for kind, e, b, r, s in zip(("max", "rms"), error, base, rounding, shift):
             bound = factor * b + 2 * r + 4 * s + least
             if not e <= bound:
-                difference = (got[name].double() - want).abs().where(finite, torch.zeros(()).double())
+                difference = (got[name].double() - want).abs().where(finite, 0.0)
                 index = tuple(torch.unravel_index(difference.argmax(), want.shape))
                 raise AssertionError(
                     f"{name}: {kind} error {e:.3e} over the bound {bound:.3e} (torch form {b:.3e}, rounding {r:.3e}, "

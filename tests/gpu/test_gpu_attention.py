@@ -7,13 +7,13 @@ from gpu_cases import (
     assert_same_bits,
     check_graph,
     check_never_waits,
+    check_oracle,
     check_pointer_errors,
     check_stream,
     need_memory,
 )
 
 import hebatron_kernels as hk
-from hebatron_kernels import testing
 
 pytestmark = pytest.mark.gpu
 
@@ -65,7 +65,7 @@ def decoded(place):
 @pytest.mark.parametrize("name", DECODES)
 def test_attention_decode_matches_oracle(place, name, window):
     args = [*decode_args(*DECODES[name]), None, window]
-    testing.check_oracle(decoded(place), args, BF16, "native", grad=False)
+    check_oracle(place, decoded(place), args, BF16, "native", grad=False)
 
 
 def test_attention_decode_writes_its_own_rows_alone(gpu):
@@ -180,21 +180,21 @@ def both_ways(args):
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("name", PREFILLS)
 def test_attention_prefill_matches_oracle(place, name, dtype):
-    testing.check_oracle(prefilled(place), prefill_args(name), dtype, "native", grad=False)
+    check_oracle(place, prefilled(place), prefill_args(name), dtype, "native", grad=False)
 
 
 @pytest.mark.parametrize("head_dim", [136, 256])
 def test_attention_prefill_matches_oracle_at_wide_heads(place, head_dim):
     args = [*packed([150], None, torch.float32, heads=2, kv_heads=1, head_dim=head_dim), True, None, None]
-    testing.check_oracle(prefilled(place), args, BF16, "native", grad=False)
+    check_oracle(place, prefilled(place), args, BF16, "native", grad=False)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("name", PREFILLS)
 def test_attention_prefill_gradients_match_oracle(place, name, dtype):
     # of one key the gradients to q and k are a difference of equals, all rounding
-    testing.check_oracle(
-        prefilled(place), prefill_args(name), dtype, "native", grad=not name.endswith("smallest")
+    check_oracle(
+        place, prefilled(place), prefill_args(name), dtype, "native", grad=not name.endswith("smallest")
     )
 
 

@@ -8,13 +8,13 @@ from gpu_cases import (
     at,
     check_graph,
     check_never_waits,
+    check_oracle,
     check_pointer_errors,
     check_stream,
     need_memory,
 )
 
 import hebatron_kernels as hk
-from hebatron_kernels import testing
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,7 @@ SHAPES = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_conv_matches_oracle(place, dtype, form, name):
-    testing.check_oracle(at(place, hk.causal_conv1d), make(*SHAPES[name], *form), dtype, "native")
+    check_oracle(place, at(place, hk.causal_conv1d), make(*SHAPES[name], *form), dtype, "native")
 
 
 @pytest.mark.parametrize("padding", [3, 8])  # rows that start on no pack, and on one
@@ -45,7 +45,7 @@ def test_conv_takes_strided_rows(place, padding):
         wide = torch.nn.functional.pad(x, (padding, padding), value=torch.nan)
         return hk.causal_conv1d(wide[:, padding:-padding], *args, backend=backend)
 
-    testing.check_oracle(at(place, of_rows), [x, *others], BF16, "native")
+    check_oracle(place, at(place, of_rows), [x, *others], BF16, "native")
 
 
 def moved(args, dtype=BF16):

@@ -8,13 +8,14 @@ from gpu_cases import (
     at,
     check_graph,
     check_never_waits,
+    check_oracle,
     check_pointer_errors,
     check_stream,
     need_memory,
 )
 
 import hebatron_kernels as hk
-from hebatron_kernels import _native, testing
+from hebatron_kernels import _native
 
 pytestmark = pytest.mark.gpu
 
@@ -59,19 +60,13 @@ def arguments(counts, tail, width, outputs, whole=True, gather=True, device="cpu
     """`whole`: with the activation, a scale and, where the form gathers, rows taken from a smaller a."""
     rows, experts = sum(counts) + tail, len(counts)
     source = max(rows // 3, 1) if whole and gather else rows
-    a = torch.randn(source, width, dtype=torch.float64)
-    b = torch.randn(experts, outputs, width, dtype=torch.float64) * width**-0.5
-    offsets = torch.tensor(counts).cumsum(0).int()
-    taken = torch.randint(source, (rows,), dtype=torch.int32) if whole and gather else None
-    scale = torch.rand(rows, dtype=torch.float64) + 0.5 if whole else None
-    tensors = [
-        a.to(dtype),
-        b.to(dtype).transpose(1, 2),
-        offsets,
-        taken,
-        None if scale is None else scale.float(),
-    ]
-    return [t if t is None else t.to(device) for t in tensors] + ["relu2" if whole else None]
+    with torch.device(device):
+        a = torch.randn(source, width, dtype=torch.float64)
+        b = torch.randn(experts, outputs, width, dtype=torch.float64) * width**-0.5
+        offsets = torch.tensor(counts).cumsum(0).int()
+        taken = torch.randint(source, (rows,), dtype=torch.int32) if whole and gather else None
+        scale = (torch.rand(rows, dtype=torch.float64) + 0.5).float() if whole else None
+    return [a.to(dtype), b.to(dtype).transpose(1, 2), offsets, taken, scale, "relu2" if whole else None]
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["product", "whole"])
@@ -79,8 +74,8 @@ def arguments(counts, tail, width, outputs, whole=True, gather=True, device="cpu
 @pytest.mark.parametrize("form", TILES)
 def test_grouped_gemm_matches_oracle(place, run_form, form, problem, whole):
     call = at(place, hk.grouped_gemm, implementation=run_form(form))
-    args = arguments(*PROBLEMS[problem], whole, gathers(form))
-    testing.check_oracle(call, args, BF16, "native", grad=False)
+    args = arguments(*PROBLEMS[problem], whole, gathers(form), place.device)
+    check_oracle(place, call, args, BF16, "native", grad=False)
 
 
 @pytest.mark.parametrize("form", [t for t in TILES if t.startswith("sm80")])
@@ -88,14 +83,14 @@ def test_grouped_gemm_takes_weights_stored_by_width(place, run_form, form):
     args = arguments(*PROBLEMS["ragged"])
     args[1] = args[1].contiguous()
     call = at(place, hk.grouped_gemm, implementation=run_form(form))
-    testing.check_oracle(call, args, BF16, "native", grad=False)
+    check_oracle(place, call, args, BF16, "native", grad=False)
 
 
 @pytest.mark.parametrize("form", TILES)
 def test_grouped_gemm_takes_strided_rows(place, run_form, form):
     args = arguments(*PROBLEMS["ragged"], True, gathers(form))
     call = at(place, hk.grouped_gemm, 8, implementation=run_form(form))
-    testing.check_oracle(call, args, BF16, "native", grad=False)
+    check_oracle(place, call, args, BF16, "native", grad=False)
 
 
 @pytest.mark.parametrize("form", TILES)
@@ -124,7 +119,7 @@ def test_grouped_gemm_automatic_choice_has_gradients(place):
     if place.backend == "native" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs sm_80")
     args = arguments(*PROBLEMS["ragged"])
-    testing.check_oracle(at(place, hk.grouped_gemm), args, BF16, "native")
+    check_oracle(place, at(place, hk.grouped_gemm), args, BF16, "native")
 
 
 def on_gpu(form, rows_of_each=150):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD, grouped_gemm_forms
 from gemm_cases import call_gemm, relu2_args, through_relu2, weight_grad, wgrad_args
-from gpu_cases import assert_same_bits, at, check_graph, check_never_waits, check_stream
+from gpu_cases import assert_same_bits, at, check_graph, check_never_waits, check_oracle, check_stream
 
 from hebatron_kernels import _native, testing
 
@@ -50,9 +50,10 @@ def rows_of(form):
 def test_grouped_gemm_way_back_matches_oracle(place, run_form, form, problem):
     case, inner, outputs = PROBLEMS[problem]
     call = at(place, through_relu2, implementation=run_form(form, GROUPED_GEMM_DGRAD))
-    args = relu2_args(case, rows_of(form), inner, outputs, problem != "one takes all")
+    with torch.device(place.device):
+        args = relu2_args(case, rows_of(form), inner, outputs, problem != "one takes all")
     # sums of rows whose terms cancel
-    testing.check_oracle(call, args, BF16, "native", grad=False, floor=1.0)
+    check_oracle(place, call, args, BF16, "native", grad=False, floor=1.0)
 
 
 @pytest.mark.parametrize("fp32", [False, True], ids=["bf16", "fp32"])
@@ -67,8 +68,9 @@ def test_grouped_gemm_wgrad_matches_oracle(place, run_form, form, problem, trans
     def call(*args, backend):
         return moved(*args, transposed, torch.float32 if fp32 else BF16, backend=backend)
 
-    args = wgrad_args(case, 100, width, outputs, problem != "one takes all")
-    testing.check_oracle(call, args, BF16, "native", grad=False)
+    with torch.device(place.device):
+        args = wgrad_args(case, 100, width, outputs, problem != "one takes all")
+    check_oracle(place, call, args, BF16, "native", grad=False)
 
 
 def on_gpu(form, kind):

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from gpu_cases import assert_same_bits, at, check_graph, check_never_waits, check_pointer_errors, check_stream
+from gpu_cases import (
+    assert_same_bits,
+    at,
+    check_graph,
+    check_never_waits,
+    check_oracle,
+    check_pointer_errors,
+    check_stream,
+)
 
 import hebatron_kernels as hk
-from hebatron_kernels import testing
 
 pytestmark = pytest.mark.gpu
 
@@ -58,8 +65,8 @@ def route_args(tokens, experts, top_k, groups, kept):
 
 @pytest.mark.parametrize("name", [name for name in ROUTES if name != "long"])
 def test_moe_route_matches_oracle(place, name):
-    testing.check_oracle(
-        at(place, hk.moe_route), route_args(*ROUTES[name]), FP32, "native", ROUTES[name][0] > 0
+    check_oracle(
+        place, at(place, hk.moe_route), route_args(*ROUTES[name]), FP32, "native", ROUTES[name][0] > 0
     )
 
 
@@ -92,7 +99,7 @@ def row_args(tokens, experts, top_k, width):
 @pytest.mark.parametrize("name", SIZES)
 def test_moe_permute_matches_oracle(place, dtype, name):
     x, ids, *_ = row_args(*SIZES[name])
-    testing.check_oracle(at(place, hk.moe_permute), [x, ids, SIZES[name][1]], dtype, "native", len(x) > 0)
+    check_oracle(place, at(place, hk.moe_permute), [x, ids, SIZES[name][1]], dtype, "native", len(x) > 0)
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(128, 6), (512, 22), (1, 6)])
@@ -107,19 +114,19 @@ def test_moe_permute_is_a_stable_sort_of_65536_tokens(gpu, experts, top_k):
 @pytest.mark.parametrize("name", SIZES)
 def test_moe_combine_matches_oracle(place, dtype, name):
     x, _, rows, order, weights = row_args(*SIZES[name])
-    testing.check_oracle(
-        at(place, hk.moe_combine), [rows, order, weights, len(x)], dtype, "native", len(x) > 0
+    check_oracle(
+        place, at(place, hk.moe_combine), [rows, order, weights, len(x)], dtype, "native", len(x) > 0
     )
     norm = 1 + 0.1 * torch.randn(x.shape[1], dtype=torch.float64)
     args = [rows, order, weights, norm, 1e-5, x.cos(), x]
-    testing.check_oracle(at(place, hk.moe_combine_norm), args, dtype, "native", len(x) > 0)
+    check_oracle(place, at(place, hk.moe_combine_norm), args, dtype, "native", len(x) > 0)
 
 
 @pytest.mark.parametrize("padding", [3, 8])  # rows that start on no pack, and on one
 def test_moe_combine_takes_strided_rows(place, padding):
     _, _, rows, order, weights = row_args(19, 5, 3, 264)
     call = at(place, hk.moe_combine, padding)
-    testing.check_oracle(call, [rows, order, weights, 19], BF16, "native")
+    check_oracle(place, call, [rows, order, weights, 19], BF16, "native")
 
 
 # tokens, experts, top_k, width, expert width: the smallest, the model's widths, one expert for all, 22 choices
@@ -141,14 +148,15 @@ def mlp_args(tokens, experts, top_k, width, expert_width):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_moe_mlp_matches_oracle(place, name):
-    args = mlp_args(*LAYERS[name])
-    testing.check_oracle(at(place, hk.moe_mlp), args, BF16, "native", LAYERS[name][0] > 0)
+    with torch.device(place.device):
+        args = mlp_args(*LAYERS[name])
+    check_oracle(place, at(place, hk.moe_mlp), args, BF16, "native", LAYERS[name][0] > 0)
 
 
 def test_moe_mlp_keeps_the_gradients_of_fp32_weights_in_fp32(place):
     x, ids, weights, up, down = mlp_args(50, 6, 2, 264, 136)
     args = [x.to(BF16), ids, weights.float(), up.float(), down.float()]
-    testing.check_oracle(at(place, hk.moe_mlp), args, None, "native")
+    check_oracle(place, at(place, hk.moe_mlp), args, None, "native")
 
 
 def few(*args, backend):
@@ -170,7 +178,9 @@ FEW = {
 
 @pytest.mark.parametrize("name", FEW)
 def test_moe_decode_matches_oracle(place, name):
-    testing.check_oracle(at(place, few), mlp_args(*FEW[name]), BF16, "native", grad=False)
+    with torch.device(place.device):
+        args = mlp_args(*FEW[name])
+    check_oracle(place, at(place, few), args, BF16, "native", grad=False)
 
 
 # the operators, and the layer of few tokens: their bits, streams, graphs and pointers

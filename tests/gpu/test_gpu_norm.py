@@ -7,13 +7,13 @@ from gpu_cases import (
     at,
     check_graph,
     check_never_waits,
+    check_oracle,
     check_pointer_errors,
     check_stream,
     need_memory,
 )
 
 import hebatron_kernels as hk
-from hebatron_kernels import testing
 
 pytestmark = pytest.mark.gpu
 
@@ -40,14 +40,14 @@ def arguments(form, rows, width, group, dtype=torch.float64, device="cpu"):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "width", "group"), SHAPES)
 def test_norm_matches_oracle(place, form, dtype, rows, width, group):
-    testing.check_oracle(at(place, hk.rms_norm), arguments(form, rows, width, group), dtype, "native")
+    check_oracle(place, at(place, hk.rms_norm), arguments(form, rows, width, group), dtype, "native")
 
 
 @pytest.mark.parametrize("padding", [3, 8])  # rows that start on no pack, and on one
 @pytest.mark.parametrize("form", FORMS)
 def test_norm_takes_strided_rows(place, form, padding):
     call = at(place, hk.rms_norm, padding)
-    testing.check_oracle(call, arguments(form, 19, 264, None), torch.bfloat16, "native")
+    check_oracle(place, call, arguments(form, 19, 264, None), torch.bfloat16, "native")
 
 
 def test_norm_takes_a_weight_of_another_dtype(place):
@@ -57,7 +57,7 @@ def test_norm_takes_a_weight_of_another_dtype(place):
         )
 
     call = at(place, with_fp32_weight)
-    testing.check_oracle(call, arguments("residual", 41, 2688, None), torch.bfloat16, "native")
+    check_oracle(place, call, arguments("residual", 41, 2688, None), torch.bfloat16, "native")
 
 
 def both_ways(args):

@@ -9,6 +9,7 @@ from gpu_cases import (
     at,
     check_graph,
     check_never_waits,
+    check_oracle,
     check_pointer_errors,
     check_stream,
     need_memory,
@@ -16,7 +17,6 @@ from gpu_cases import (
 from ssd_cases import ROWS, make
 
 import hebatron_kernels as hk
-from hebatron_kernels import testing
 
 pytestmark = pytest.mark.gpu
 
@@ -51,11 +51,11 @@ def card(args, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SCANS)
 def test_scan_matches_oracle(place, name, dtype):
-    testing.check_oracle(at(place, hk.ssd_scan), scan_args(*SCANS[name]), dtype, "native", False)
+    check_oracle(place, at(place, hk.ssd_scan), scan_args(*SCANS[name]), dtype, "native", False)
 
 
 def test_scan_matches_oracle_without_options(place):
-    testing.check_oracle(at(place, hk.ssd_scan), scan_args(*SCANS["smallest"], False), BF16, "native", False)
+    check_oracle(place, at(place, hk.ssd_scan), scan_args(*SCANS["smallest"], False), BF16, "native", False)
 
 
 def test_scan_forward_keeps_small_decays_after_a_large_step(gpu):
@@ -122,7 +122,7 @@ def test_scan_forward_refuses_pointers_it_cannot_follow(gpu, monkeypatch, proves
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SCANS)
 def test_scan_gradients_match_oracle(place, name, dtype):
-    testing.check_oracle(at(place, hk.ssd_scan), scan_args(*SCANS[name]), dtype, "native")
+    check_oracle(place, at(place, hk.ssd_scan), scan_args(*SCANS[name]), dtype, "native")
 
 
 def scan_step(dtype=BF16, name="documents"):

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from gpu_cases import assert_same_bits, at, check_graph, check_never_waits, check_stream, need_memory
+from gpu_cases import (
+    assert_same_bits,
+    at,
+    check_graph,
+    check_never_waits,
+    check_oracle,
+    check_stream,
+    need_memory,
+)
 from test_gpu_grouped_gemm import BF16, LARGE, PROBLEMS, arguments
 from test_gpu_moe import LAYERS, mlp_args, moved
 
 import hebatron_kernels as hk
-from hebatron_kernels import testing
 
 pytestmark = pytest.mark.gpu
 
@@ -21,8 +28,8 @@ def call_of(counts, tail, width, outputs, whole=True, dtype=BF16):
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_grouped_gemm_triton_matches_oracle(on_triton, problem, dtype, whole):
-    args = arguments(*PROBLEMS[problem], whole)
-    testing.check_oracle(at(on_triton, hk.grouped_gemm), args, dtype, "native")
+    args = arguments(*PROBLEMS[problem], whole, device="cuda")
+    check_oracle(on_triton, at(on_triton, hk.grouped_gemm), args, dtype, "native")
 
 
 # mean rows of an expert: one problem for every size of the blocks
@@ -32,11 +39,11 @@ def test_grouped_gemm_triton_matches_oracle_in_every_block(on_triton, mean, stor
     args = arguments([0, 2 * mean, 1, 2 * mean - 1, mean], 3, 200, 328)
     if stored == "outputs last":
         args[1] = args[1].contiguous()
-    testing.check_oracle(at(on_triton, hk.grouped_gemm), args, BF16, "native")
+    check_oracle(on_triton, at(on_triton, hk.grouped_gemm), args, BF16, "native")
 
 
 def test_grouped_gemm_triton_takes_strided_rows(on_triton):
-    testing.check_oracle(at(on_triton, hk.grouped_gemm, 8), arguments(*PROBLEMS["ragged"]), BF16, "native")
+    check_oracle(on_triton, at(on_triton, hk.grouped_gemm, 8), arguments(*PROBLEMS["ragged"]), BF16, "native")
 
 
 def test_grouped_gemm_triton_reads_nothing_that_is_not_its_own(on_triton):
@@ -123,8 +130,9 @@ def test_grouped_gemm_triton_beyond_two_to_the_31_elements(on_triton, large):
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("name", LAYERS)
 def test_moe_mlp_triton_matches_oracle(on_triton, name, dtype):
-    args = mlp_args(*LAYERS[name])
-    testing.check_oracle(at(on_triton, hk.moe_mlp), args, dtype, "native", LAYERS[name][0] > 0)
+    with torch.device("cuda"):
+        args = mlp_args(*LAYERS[name])
+    check_oracle(on_triton, at(on_triton, hk.moe_mlp), args, dtype, "native", LAYERS[name][0] > 0)
 
 
 def layer_calls():

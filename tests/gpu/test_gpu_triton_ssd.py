@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from gpu_cases import assert_same_bits, at, check_graph, check_never_waits, check_stream, need_memory
+from gpu_cases import (
+    assert_same_bits,
+    at,
+    check_graph,
+    check_never_waits,
+    check_oracle,
+    check_stream,
+    need_memory,
+)
 from ssd_cases import ROWS
 from test_gpu_ssd import BF16, DTYPES, FP32, SCANS, card, scan_args
 
 import hebatron_kernels as hk
-from hebatron_kernels import testing
 
 pytestmark = pytest.mark.gpu
 
@@ -22,12 +29,12 @@ MORE = {
 @pytest.mark.parametrize("name", [*SCANS, *MORE])
 def test_scan_triton_matches_oracle(on_triton, name, dtype):
     sizes = (SCANS | MORE)[name]
-    testing.check_oracle(at(on_triton, hk.ssd_scan), scan_args(*sizes), dtype, "native", sizes[0] > 0)
+    check_oracle(on_triton, at(on_triton, hk.ssd_scan), scan_args(*sizes), dtype, "native", sizes[0] > 0)
 
 
 def test_scan_triton_matches_oracle_without_options(on_triton):
     args = scan_args(*SCANS["smallest"], False)
-    testing.check_oracle(at(on_triton, hk.ssd_scan), args, BF16, "native")
+    check_oracle(on_triton, at(on_triton, hk.ssd_scan), args, BF16, "native")
 
 
 def test_scan_triton_keeps_small_decays_after_a_large_step(on_triton):
