@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -34,20 +32,20 @@ import gpu_model
 import torch
 from common import ROOT
 from floors import H100, Machine
-from gpu_check import result_path, tree_commit
 from gpu_device import Device, machine
 from gpu_model_cases import REAL, TOY, Plan, Row, ratios
+from gpu_record import result_path, tree_commit
 from gpu_table import RESULTS
+from gpu_watch import LATE, end_all_on_sigterm, said, watch
 
 from hebatron_kernels import _native
 
 # Of the whole time, in this order; what one does not need is the next one's. A GPU's first use and 63 GB of weights
-# are about 15 s of each.
-SHARES = {("native", 0): 0.22, ("native", 1): 0.18, ("native", 2): 0.18}
-SHARES |= {("torch", 0): 0.18, ("torch", 1): 0.12, ("torch", 2): 0.12}
+# are about 25 s of each: of 240 s in all the last two may find no time, ours has 50 s for its cases.
+SHARES = {("native", 0): 0.31, ("native", 1): 0.19, ("native", 2): 0.14}
+SHARES |= {("torch", 0): 0.18, ("torch", 1): 0.10, ("torch", 2): 0.08}
 SILENCE_S = 60.0  # longer than any case should take: a kernel hangs
 START_S = 120.0  # torch from a cold disk
-LATE = "out of time"
 MOST_STARTS = 3  # of one model and backend
 
 
@@ -192,43 +190,6 @@ def show_ratios(rows: list[Row]) -> None:
 # ---- processes
 
 
-def watch(process: subprocess.Popen[bytes], events: Path, record: Record, deadline: float) -> tuple[str, str]:
-    """Takes the events of a process until it ends. What it was doing then, and why it is at its end: "" if done."""
-    doing, done, seen, heard = "start", False, 0, time.monotonic()
-    while True:
-        ended = process.poll() is not None  # asked before the file is read: nothing comes after that reading
-        lines = events.read_text(encoding="utf-8").split("\n")[:-1] if events.exists() else []
-        for line in lines[seen:]:
-            event: Row = json.loads(line)
-            doing, done, heard = event.get("begin", doing), "done" in event, time.monotonic()
-            record.take(event)
-        seen = len(lines)
-        if ended or done:
-            break
-        late, most = time.monotonic() > deadline, START_S if doing == "start" else SILENCE_S
-        if late or time.monotonic() - heard > most:
-            kill(process)
-            return doing, LATE if late else f"hung: nothing for {most:.0f} s"
-        time.sleep(0.1)
-    try:
-        status = process.wait(timeout=10)
-    except subprocess.TimeoutExpired:  # done, and does not let go of the GPU
-        kill(process)
-        return doing, ""
-    return doing, "" if done else f"the process ended with {status}"
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)  # its nvidia-smi too
-    process.wait()
-
-
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(Path(gpu_model.__file__)), *arguments]
-    with log.open("ab") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-
-
 def measure(record: Record, model: str, backend: str, deadline: float, work: Path) -> None:
     """One model with one backend, begun again behind a case that ended its process."""
     why = LATE
@@ -240,15 +201,21 @@ def measure(record: Record, model: str, backend: str, deadline: float, work: Pat
         events, log = (work / f"{model}-{backend}-{attempt}.{ending}" for ending in ("jsonl", "log"))
         words = [model, backend, "--events", str(events), "--seconds", f"{left:.0f}"]
         done = record.done(model, backend)
-        process = start([*words, *(["--skip", *done] if done else [])], log)
-        doing, why = watch(process, events, record, deadline)
-        said = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-        print("".join(f"    | {line}\n" for line in said[-15:]), end="", flush=True)
+        command = [sys.executable, gpu_model.__file__, *words, *(["--skip", *done] if done else [])]
+        doing = ["start"]
+
+        def take(event: Row, doing: list[str] = doing) -> None:
+            doing.append(event.get("begin", doing[-1]))
+            record.take(event)
+
+        why = watch(command, log, events, take, deadline, START_S, SILENCE_S)
+        lines = said(log).splitlines()
+        print("".join(f"    | {line}\n" for line in lines[-15:]), end="", flush=True)
         if why in ("", LATE):
             break
-        if doing not in record.done(model, backend):  # else the row has said it
-            record.failed(model, backend, doing, ": ".join([why, *said[-1:]])[:500])
-        if doing not in [case.name for case in record.plan.cases]:
+        if doing[-1] not in record.done(model, backend):  # else the row has said it
+            record.failed(model, backend, doing[-1], ": ".join([why, *lines[-1:]])[:500])
+        if doing[-1] not in [case.name for case in record.plan.cases]:
             break  # it would end there again
     record.skip_rest(model, backend, why)
 
@@ -276,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.dry_run and (not torch.cuda.is_available() or _native.cuda_module is None):
         gpu, module = torch.cuda.is_available(), _native.cuda_missing or "built"
         parser.error(f"needs a GPU and the _cuda module (or --dry-run); GPU: {gpu}, _cuda: {module}")
+    end_all_on_sigterm()
     begin = time.monotonic()
     record = Record(TOY if options.dry_run else REAL, options.dry_run, options.out, begin)
     if record.out is None and not options.dry_run:

@@ -1,11 +1,14 @@
 """The timing table: every kernel and tile at the model's shapes, its floor, target and rivals, in one process.
 
-    python bench/gpu_kernels.py [--seconds 150] [--out timings.json]
+    python bench/gpu_kernels.py [--seconds 150] [--events FILE]
     python bench/gpu_kernels.py --device cpu          dry run: the same code at toy sizes, no figure means anything
 
 Medians of CUDA events over 15 calls, each replayed from a CUDA graph behind a flush of 256 MB, rivals in turn. A
 problem's floor is the larger of its bytes over a measured copy's rate and its operations over a measured 8192^3
 product's. Results are compared with the torch form before anything is timed; tests/gpu holds them to the oracle.
+
+--events FILE tells, a line of JSON each, what is begun and every row: what hangs or faults has a name, and a second
+process with the same file goes on behind it.
 """
 
 from __future__ import annotations
@@ -13,32 +16,34 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from itertools import chain
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import OTHERS, TRITON
-from gpu_device import Call, Ceilings, Clocks, Device, as_row, machine
-from gpu_problems import TINY, Problem, Sizes
-from gpu_problems_attention import attentions, projections
+from gpu_device import Call, Ceilings, Clocks, Device, as_row
+from gpu_problems import TINY, Maker, Problem, Sizes
+from gpu_problems_attention import attentions, decodes, projections
 from gpu_problems_conv import convolutions
 from gpu_problems_gemm import more_products, products
 from gpu_problems_loss import losses
-from gpu_problems_moe import layers
+from gpu_problems_moe import layers, mlps
 from gpu_problems_norm import norms
 from gpu_problems_ssd import scans
 from gpu_targets import target
+from gpu_watch import lines_of
 from torch import Tensor
 
 from hebatron_kernels import _native, _triton
 
 REPEATS = 15
-# The most wanted first: time may run out.
-TABLES = (products, layers, attentions, scans, norms, losses, convolutions, more_products, projections)
+# One problem of each in turn, the most wanted first: time may run out.
+TABLES = (products, mlps, attentions, decodes, scans, losses, norms, layers, convolutions)
+LAST = (projections, more_products)
 FARTHEST = (
     2e-2  # relative distance from the torch form: two bf16 roundings there against one here stay under 1e-2
 )
@@ -72,9 +77,20 @@ def distance(got: Any, want: Any) -> float:
     return apart
 
 
-def checked(device: Device, problem: Problem) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
+def in_turn(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
+    """The problems by name, each name once."""
+    for round_ in zip_longest(*(table(sizes, device) for table in TABLES)):
+        yield from filter(None, round_)
+    for table in LAST:
+        yield from table(sizes, device)
+
+
+def checked(
+    device: Device, problem: Problem, begin: Callable[[str], None] = lambda rival: None
+) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
     """The rivals that run and give the reference's result, and what each was found to do. Where the reference itself
-    cannot run (its memory is not ours), the others have no distance and tests/gpu alone speaks for them."""
+    cannot run (its memory is not ours), the others have no distance and tests/gpu alone speaks for them. `begin` is
+    told whose turn it is."""
     good: dict[str, Call] = {}
     rows: dict[str, dict[str, Any]] = {}
     lacking = (RuntimeError, ValueError)  # a rival that this torch or GPU lacks is a row, not the end
@@ -83,6 +99,7 @@ def checked(device: Device, problem: Problem) -> tuple[dict[str, Call], dict[str
         with suppress(*lacking):  # its turn below says why
             want = problem.rivals[problem.reference]() if problem.reference else None
         for name, call in problem.rivals.items():
+            begin(name)
             try:
                 got = call()
                 device.synchronize()  # a fault belongs to the rival that made it
@@ -113,10 +130,16 @@ def kernel_of(problem: Problem, rival: str) -> str | None:
 
 
 def measure(
-    device: Device, problem: Problem, ceilings: Ceilings, clocks: Clocks, repeats: int
+    device: Device,
+    problem: Problem,
+    ceilings: Ceilings,
+    clocks: Clocks,
+    repeats: int,
+    begin: Callable[[str], None] = lambda rival: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    good, rivals = checked(device, problem)
-    begin = time.monotonic()
+    good, rivals = checked(device, problem, begin)
+    begin("")
+    since = time.monotonic()
     floor_ms, bound = ceilings.floor_ms(problem.bytes_moved, problem.flops)
     if device.alive():
         for name, times in device.times(good, repeats).items():
@@ -128,7 +151,7 @@ def measure(
         "flops": problem.flops,
         "floor_ms": round(floor_ms, 5),
         "bound": bound,
-        "clocks": clocks.between(begin, time.monotonic()),
+        "clocks": clocks.between(since, time.monotonic()),
         "rivals": rivals,
     }
     set_for_it = target(problem.kernel, problem.case)
@@ -187,7 +210,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--seconds", type=float, default=150)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--events", type=Path, default=None)
     parser.add_argument(
         "--without",
         action="append",
@@ -206,35 +229,49 @@ def main() -> int:
     sizes, repeats = (TINY, 3) if dry else (Sizes(), REPEATS)
     if dry:
         print("DRY RUN on the CPU at toy sizes: no figure below means anything")
-    rows: list[dict[str, Any]] = []
-    checks: list[dict[str, Any]] = []
+    begun = (
+        {event["begin"] for event in lines_of(options.events) if "begin" in event} if options.events else {}
+    )
+    failed: list[str] = []
     skipped: list[str] = []
-    on = machine(device.device)
+
+    def say(**event: Any) -> None:
+        if options.events:
+            with options.events.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
     with Clocks(device.cuda) as clocks:
         ceilings = device.ceilings(sizes.copy_bytes, sizes.matmul_size, repeats)
         print(f"ceilings: {asdict(ceilings)}")
-        for name, make in chain.from_iterable(table(sizes, device.device) for table in TABLES):
+        say(ceilings=asdict(ceilings))
+        for name, make in in_turn(sizes, device.device):
+            if name in begun:
+                continue
             if time.monotonic() > deadline or not device.alive():
                 skipped.append(name)
                 continue
+            say(begin=name)
             problem = make()
             leave_out(problem, set(options.without))
-            row, found = measure(device, problem, ceilings, clocks, repeats)
-            del problem
+
+            def begin(rival: str, name: str = name, problem: Problem = problem) -> None:
+                say(begin=name, rival=rival, kernel=kernel_of(problem, rival))
+
+            row, checks = measure(device, problem, ceilings, clocks, repeats, begin)
+            del problem, begin
             device.free()
             show(row)
-            rows.append(row)
-            checks += found
-            if options.out:  # after every problem: a run that is stopped leaves what it has
-                record = {"dry_run": dry, "machine": on, "ceilings": asdict(ceilings)}
-                record |= {"rows": rows, "skipped": skipped, "checks": checks}
-                options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            say(row=row, checks=checks)
+            failed += [f"{check['name']}: {check['detail']}" for check in checks if not check["passed"]]
+    for line in failed:
+        print(f"FAILED {line}")
+    if device.alive():  # else what is left is for another process
+        for name in skipped:
+            say(skipped=name)
+        say(done=True)
     if skipped:
         why = "out of time" if device.alive() else "a kernel faulted"
         print(f"{why}: {len(skipped)} problems not timed: {', '.join(skipped)}")
-    failed = [check for check in checks if not check["passed"]]
-    for check in failed:
-        print(f"FAILED {check['name']}: {check['detail']}")
     return 1 if failed or skipped else 0
 
 

@@ -29,7 +29,7 @@ class Sizes:
     expert_width: int = 1856
     experts: int = 128
     top_k: int = 6
-    tokens: tuple[int, ...] = (4096, 16384, 1024, 64, 8, 1)
+    tokens: tuple[int, ...] = (4096, 16384, 64, 1, 1024, 8)  # the most wanted first
     tokens_once: int = 65536
     inner: int = 4096  # Mamba-2: 64 heads of 64, its gated norm in 8 groups
     channels: int = 6144  # of its convolution

@@ -18,7 +18,11 @@ import hebatron_kernels as hk
 def attentions(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
     for backward, counts in ((False, sizes.attention), (True, sizes.attention_backward)):
         for tokens in counts:
-            yield f"attention {tokens}", partial(attention, device, tokens, backward)
+            name = f"attention {tokens}{' backward' if backward else ''}"
+            yield name, partial(attention, device, tokens, backward)
+
+
+def decodes(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
     for batch, context in sizes.decode:
         yield f"decode {batch}x{context}", partial(decode, device, batch, context)
 

@@ -17,7 +17,8 @@ TAPS = 4
 def convolutions(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
     for tokens in (sizes.tokens_once, sizes.tokens[0]):
         for backward in (False, True):
-            yield f"conv {tokens}", partial(convolution, sizes, device, tokens, backward)
+            name = f"conv {tokens}{' backward' if backward else ''}"
+            yield name, partial(convolution, sizes, device, tokens, backward)
     for sequences in (1, 64):
         yield f"conv update {sequences}", partial(update, sizes, device, sequences)
 

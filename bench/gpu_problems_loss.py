@@ -16,7 +16,8 @@ import hebatron_kernels as hk
 
 def losses(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
     for backward in (False, True):
-        yield f"loss {sizes.tokens[0]}", partial(loss, sizes, device, sizes.tokens[0], backward)
+        name = f"loss {sizes.tokens[0]}{' backward' if backward else ''}"
+        yield name, partial(loss, sizes, device, sizes.tokens[0], backward)
 
 
 def loss(sizes: Sizes, device: torch.device, tokens: int, backward: bool) -> Problem:

@@ -16,15 +16,21 @@ MOST_OF_DECODE = 128  # tokens that one launch serves when nothing is kept for a
 
 
 def layers(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
-    weights: dict[str, Tensor] = {}
+    """What is around the products."""
     for tokens in (sizes.tokens_once, *sizes.tokens):
+        for fused in (True, False):
+            name = f"moe_combine {tokens}{' fused' if fused else ''}"
+            yield name, partial(combination, sizes, device, tokens, fused)
         yield f"moe_route {tokens}", partial(routing, sizes, device, tokens)
         yield f"moe_permute {tokens}", partial(permutation, sizes, device, tokens)
-        for fused in (False, True):
-            yield f"moe_combine {tokens}", partial(combination, sizes, device, tokens, fused)
+
+
+def mlps(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
+    weights: dict[str, Tensor] = {}
     for tokens in sizes.tokens:
         for backward in (False, True):
-            yield f"moe_mlp {tokens}", partial(mlp, sizes, device, weights, tokens, backward)
+            name = f"moe_mlp {tokens}{' backward' if backward else ''}"
+            yield name, partial(mlp, sizes, device, weights, tokens, backward)
 
 
 def chosen(sizes: Sizes, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

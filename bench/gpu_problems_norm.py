@@ -17,7 +17,7 @@ NORM_BACKWARD = {"plain": 3, "residual": 6, "gated": 5}
 
 
 def norms(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
-    for tokens in (*sizes.tokens, sizes.tokens_once):
+    for tokens in (sizes.tokens_once, *sizes.tokens):
         for form in NORM_FORMS:
             yield f"norm {form} {tokens}", partial(norm, sizes, device, form, tokens, False)
     for form in NORM_FORMS:

@@ -24,7 +24,7 @@ def scans(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, Maker]]:
         yield f"ssd_update {sequences}", partial(update, device, heads, sequences)
     for tokens, sequences in ((sizes.tokens_once, 1), (sizes.tokens[0], 1), (sizes.tokens[0] * 8, 8)):
         for backward in (False, True):
-            name = f"ssd_scan {tokens} in {sequences}"
+            name = f"ssd_scan {tokens} in {sequences}{' backward' if backward else ''}"
             yield name, partial(scan, device, heads, tokens, sequences, backward)
 
 

@@ -1,7 +1,7 @@
 """compute-sanitizer's four tools over every kernel at small shapes, each in a process of its own. Without torch, but
 for the Triton kernels, which launch through it: each tensor is one allocation there, torch computes one sum only.
 
-    python bench/gpu_sanitize.py [--seconds 80] [--out checks.json]
+    python bench/gpu_sanitize.py [--seconds 80] [--events FILE]
     python bench/gpu_sanitize.py --kernel norm       what runs inside a tool: one kernel's cases, compared with numpy
     python bench/gpu_sanitize.py --kernel norm --stand-in emulator     the same on the emulator's checked build
     TRITON_INTERPRET=1 python bench/gpu_sanitize.py --kernel ssd/triton --stand-in interpreter
@@ -15,13 +15,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +43,8 @@ CASES = MOE | ATTENTION | SSD
 KERNELS = ("norm", *FORMS, *CASES, *TRITON)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 ERROR_EXIT = 86
+PARALLEL = 12  # of 16 cores: most of a run is the tool's own start
+LONGEST_S = 60.0  # of one run: a kernel that hangs under a tool keeps no other from its turn
 Floats = NDArray[np.float32]
 
 
@@ -272,8 +277,10 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
-def sanitize(kernels: list[str], seconds: float, parallel: int = 4) -> list[dict[str, Any]]:
-    """One check a kernel and a tool. What does not finish in time has not passed."""
+def sanitize(
+    kernels: list[str], seconds: float, tell: Callable[[dict[str, Any]], None] = lambda check: None
+) -> list[dict[str, Any]]:
+    """One check a kernel and a tool, told as it is there. What does not finish in time has not passed."""
     deadline = time.monotonic() + seconds
     sanitizer = find_sanitizer()
 
@@ -281,11 +288,13 @@ def sanitize(kernels: list[str], seconds: float, parallel: int = 4) -> list[dict
         tool, kernel = job
         passed, detail, begin = False, "compute-sanitizer is not installed", time.monotonic()
         if sanitizer is not None:
-            passed, detail = _under_tool(sanitizer, tool, kernel, deadline - begin)
+            passed, detail = _under_tool(sanitizer, tool, kernel, min(deadline - begin, LONGEST_S))
         taken = round(time.monotonic() - begin, 1)
-        return {"kernel": kernel, "check": tool, "passed": passed, "detail": detail, "seconds": taken}
+        found = {"kernel": kernel, "check": tool, "passed": passed, "detail": detail, "seconds": taken}
+        tell(found)
+        return found
 
-    with ThreadPoolExecutor(parallel) as pool:
+    with ThreadPoolExecutor(PARALLEL) as pool:
         return list(pool.map(check, [(tool, kernel) for tool in TOOLS for kernel in kernels]))
 
 
@@ -333,7 +342,7 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=[])
     parser.add_argument("--stand-in", choices=["emulator", "interpreter"], default=None)
     parser.add_argument("--seconds", type=float, default=80)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--events", type=Path, default=None, help="a line of JSON a check")
     options = parser.parse_args()
     for kernel in options.kernel:
         for name in cases_of(kernel, options.stand_in is not None):
@@ -341,14 +350,15 @@ def main() -> int:
         print(f"{kernel}: passed", flush=True)
     if options.kernel:
         return 0
-    from common import save_checks
+    lock = threading.Lock()
+
+    def tell(event: dict[str, Any]) -> None:
+        with lock, options.events.open("a", encoding="utf-8") if options.events else nullcontext() as file:
+            print(json.dumps(event), file=file, flush=True)
 
     kernels = Card().kernels() + (list(TRITON) if importlib.util.find_spec("triton") else [])
-    checks = sanitize(kernels, options.seconds)
-    for row in checks:
-        print(f"  {row['check']:<9} {row['kernel']:<22} {'ok' if row['passed'] else row['detail']}")
-    if options.out:
-        save_checks(options.out, checks)
+    checks = sanitize(kernels, options.seconds, tell)
+    tell({"done": True})
     return 0 if all(row["passed"] for row in checks) else 1
 
 

@@ -1,6 +1,7 @@
 """Tests that need a GPU: `pytest -m gpu tests/gpu`, or bench/gpu_check.sh, which runs them kernel by kernel.
 
---gpu-record FILE        a line of JSON at the start and at the end of every test, so that a hang has a name
+--gpu-record FILE        a line of JSON at the start and at the end of every test, so that a hang has a name; a test
+                         that the file already names is not run again
 --gpu-stand-in emulator  the values tests on CPU tensors and the emulator: checks the tests, not the hardware
 """
 
@@ -19,8 +20,11 @@ KERNELS, MODEL = (
 )  # gemm_cases, model_cases
 sys.path[:0] = [str(BENCH), str(BENCH / "conformance"), str(KERNELS), str(MODEL)]
 from gpu_cases import Place  # noqa: E402  (bench first: it is on no path of its own)
+from gpu_watch import lines_of  # noqa: E402
 
-record = None
+KEPT_BYTES = 4e9  # of torch's allocator, from one test to the next
+
+record, begun = None, set()
 
 
 def pytest_addoption(parser):
@@ -31,6 +35,14 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     global record
     record = config.getoption("--gpu-record", default=None)
+    if record is not None:
+        begun.update(line["test"] for line in lines_of(record) if line.get("event") == "start")
+
+
+@pytest.hookimpl(trylast=True)  # behind -m and -k
+def pytest_collection_modifyitems(items):
+    note(found=len(items))
+    items[:] = [item for item in items if item.nodeid not in begun]
 
 
 def note(**fields):
@@ -43,17 +55,36 @@ def pytest_runtest_logstart(nodeid):
     note(test=nodeid, event="start")
 
 
+def detail(report):
+    """The error's own words: of a crash "RuntimeError: CUDA error: ...", of a skip its reason."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    lines = (crash.message if crash else str(report.longrepr or "")).strip().splitlines()
+    return (lines[0] if crash and lines else " ".join(lines[-1:]))[:400]
+
+
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
-        properties = dict(report.user_properties)
-        detail = str(report.longrepr).strip().splitlines()[-1][:400] if report.longrepr else ""
-        note(
-            test=report.nodeid,
-            event=report.outcome,
-            check=properties.get("check", "values"),
-            seconds=round(report.duration, 2),
-            detail=detail,
-        )
+        check = dict(report.user_properties).get("check", "values")
+        seconds = round(report.duration, 2)
+        note(test=report.nodeid, event=report.outcome, check=check, seconds=seconds, detail=detail(report))
+
+
+@pytest.hookimpl(trylast=True)  # behind the fixtures
+def pytest_runtest_teardown(item):
+    """After a fault the CUDA context answers nothing more: the tests left are for another process."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()  # a fault belongs to the test that made it
+        except RuntimeError as error:
+            item.session.shouldstop = str(error).splitlines()[0]
+            raise
+        if torch.cuda.memory_reserved() > KEPT_BYTES:  # the tests of other kernels run beside these
+            torch.cuda.empty_cache()
+
+
+def pytest_sessionfinish(exitstatus):
+    if exitstatus in (0, 1) or (exitstatus == 5 and begun):
+        note(done=True)
 
 
 @pytest.fixture

@@ -9,7 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gpu_check
+import gpu_record
 import gpu_table
+import gpu_tests
+import gpu_timings
+import gpu_watch
 import pytest
 import torch
 from common import ROOT
@@ -37,8 +41,8 @@ def test_dry_run_goes_through_every_step_that_needs_no_compiler(tmp_path):
     found = json.loads(record.read_text())
     assert found["dry_run"] is True and [step["step"] for step in found["steps"]] == [
         "tests",
-        "sanitizer",
         "timings",
+        "sanitizer",
     ]
     kernels = {check["kernel"] for check in found["checks"]}
     assert kernels >= {"norm", "conv", "loss", "grouped_gemm_sm80", "grouped_gemm_sm90", "moe"}
@@ -59,7 +63,13 @@ def test_a_real_run_must_begin_with_the_build():
 
 
 def a_run(tmp_path, **options):
-    return gpu_check.Run(SimpleNamespace(dry_run=False, commit="abc", **options), tmp_path)
+    run = gpu_check.Run(SimpleNamespace(dry_run=False, commit="abc", keep=None, **options), tmp_path)
+    run.deadline = time.monotonic() + 120
+    return run
+
+
+def seen(run):
+    return [(check["check"], check["name"], check["passed"], check["detail"]) for check in run.checks]
 
 
 def test_a_step_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
@@ -67,11 +77,26 @@ def test_a_step_that_fails_is_recorded_and_the_next_one_runs(tmp_path, monkeypat
         raise RuntimeError("no such thing")
 
     run = a_run(tmp_path)
+    run.keep, run.facts = (
+        tmp_path / "kept",
+        {"machine": {}, "kernels": {"norm": "0"}, "toolkit": 13, "compilers": {}},
+    )
     monkeypatch.setattr(gpu_check, "STEPS", {"tests": faulty, "timings": lambda run: "fine"})
-    gpu_check.perform(run, ["tests", "timings"], 10, tmp_path / "kept")
+    gpu_check.perform(run, ["tests", "timings"], 10)
     assert [step["said"] for step in run.steps] == ["RuntimeError: no such thing", "fine"]
     assert [(check["kernel"], check["passed"]) for check in run.checks] == [("tests", False)]
     assert json.loads((tmp_path / "kept" / "so_far.json").read_text())["commit"] == "abc"
+
+
+def test_without_a_module_the_primitives_alone_are_checked(tmp_path, monkeypatch, capsys):
+    def faulty(run):
+        raise RuntimeError("no GPU module to test")
+
+    run = a_run(tmp_path)
+    steps = {"build": faulty} | {name: lambda run: "ran" for name in ("conformance", "tests", "record")}
+    monkeypatch.setattr(gpu_check, "STEPS", steps)
+    gpu_check.perform(run, list(steps), 10)
+    assert [step["step"] for step in run.steps] == ["build", "conformance"]
 
 
 def test_a_command_is_stopped_at_its_deadline_with_all_it_started(tmp_path):
@@ -81,39 +106,144 @@ def test_a_command_is_stopped_at_its_deadline_with_all_it_started(tmp_path):
     assert status is None and said == "began" and time.monotonic() - run.deadline < 5
 
 
-PYTEST_LOG = """
-{"test": "f.py::test_a", "event": "start"}
-{"test": "f.py::test_a", "event": "passed", "check": "streams", "seconds": 1, "detail": ""}
-{"test": "f.py::test_b", "event": "start"}
-{"test": "f.py::test_b", "event": "failed", "check": "values", "seconds": 1, "detail": "wrong"}
-{"test": "f.py::test_c", "event": "start"}
-{"test": "f.py::test_c", "event": "skipped", "check": "values", "seconds": 1, "detail": "no memory"}
-{"test": "f.py::test_d", "event": "start"}
-"""
-
-
-@pytest.mark.parametrize(
-    ("status", "why"), [(None, "hung until the step's end"), (-6, "the process ended with -6")]
-)
-def test_a_hang_and_a_crash_have_the_name_of_their_test(tmp_path, monkeypatch, status, why):
+def test_a_run_that_is_killed_leaves_what_it_has(tmp_path, monkeypatch):
     run = a_run(tmp_path)
-    (tmp_path / "tests_norm.jsonl").write_text(PYTEST_LOG.lstrip())
-    monkeypatch.setattr(run, "python", lambda *words: (status, "last words"))
-    gpu_check._one_pytest(run, "norm", "f.py", "")
-    seen = [(check["check"], check["name"], check["passed"], check["detail"]) for check in run.checks]
-    assert seen[:3] == [
-        ("streams", "test_a", True, ""),
-        ("values", "test_b", False, "wrong"),
-        ("values", "test_d", False, why),
-    ]
-    assert run.skipped == ["test_c: no memory"]
+    run.keep = tmp_path / "kept"
+    run.facts = {"machine": {"gpu": "NVIDIA H200"}, "kernels": {}, "toolkit": 13, "compilers": {}}
+    monkeypatch.setattr(gpu_record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu_record, "SAVED_EVERY_S", 0.01)
+    with run.saved():
+        run.doing = "tests"
+        run.check("norm", "values", True)
+        (tmp_path / "tests_norm.log").write_text("words")
+        for place in ("kept/so_far.json", "results"):  # while the step goes on
+            end = time.monotonic() + 10
+            while not (found := read_record(tmp_path / place)) or not found["checks"]:
+                assert time.monotonic() < end
+            assert found["doing"] == "tests" and found["checks"][0]["kernel"] == "norm"
+    assert "words" in (tmp_path / "kept" / "logs.txt").read_text()
+
+
+def read_record(path):
+    files = [path] if path.is_file() else list(path.glob("*.json"))
+    return json.loads(files[0].read_text()) if files else None
+
+
+# what the tests' pytest and gpu_kernels.py tell, of processes that hang, crash, and end after a fault
+WORKER = """
+import json, os, sys, time
+path, tests = sys.argv[1:]
+begun = set(line.split('"')[3] for line in open(path)) if os.path.exists(path) else set()
+def say(**event):
+    with open(path, "a") as file: file.write(json.dumps(event) + chr(10))
+for name in {names}:
+    if name in begun: continue
+    say(**(dict(test=name, event="start") if tests else dict(begin=name, rival="sm80:16x64", kernel="norm")))
+    if name == "f::hang": time.sleep(60)
+    if name == "f::crash": os.abort()
+    passed = name != "f::fault"
+    say(**(dict(test=name, event="passed" if passed else "failed", check="values", detail="") if tests
+           else dict(row=dict(case=name), checks=[dict(kernel="norm", check="values", name=name, passed=passed)])))
+    if not passed: sys.exit(2)
+say(done=True)
+"""
+NAMES = ["f::a", "f::hang", "f::b", "f::crash", "f::c", "f::fault", "f::d"]
+
+
+def worker(tmp_path, monkeypatch, module, tests):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.format(names=NAMES))
+    monkeypatch.setattr(module, "SILENCE_S", 0.5)
+    real = module.watch
+
+    def watch(words, log, events, *others, **environment):
+        return real([sys.executable, str(script), str(events), tests], log, events, *others, **environment)
+
+    monkeypatch.setattr(module, "watch", watch)
+
+
+def test_a_hang_a_crash_and_a_fault_cost_their_own_test(tmp_path, monkeypatch):
+    worker(tmp_path, monkeypatch, gpu_tests, "tests")
+    run = a_run(tmp_path)
+    gpu_tests.run(run, [gpu_tests.Job("norm", "f.py")])
+    assert {(name, passed, detail) for _, name, passed, detail in seen(run)} == {
+        *((name, True, "") for name in "abcd"),
+        ("hang", False, "hung: nothing for 0 s"),
+        ("crash", False, "the process ended with -6"),
+        ("fault", False, ""),
+    }
 
 
 def test_tests_that_were_all_skipped_are_a_failed_check(tmp_path, monkeypatch):
     run = a_run(tmp_path)
-    monkeypatch.setattr(run, "python", lambda *words: (0, "2 skipped"))
-    gpu_check._one_pytest(run, "norm", "f.py", "")
+    monkeypatch.setattr(gpu_tests, "watch", lambda *words, **environment: "")
+    gpu_tests.run(run, [gpu_tests.Job("norm", "f.py")])
     assert [(check["kernel"], check["passed"]) for check in run.checks] == [("norm", False)]
+
+
+def test_tests_that_found_no_time_are_a_failed_check(tmp_path, monkeypatch):
+    run, job = a_run(tmp_path), gpu_tests.Job("norm", "f.py")
+    monkeypatch.setattr(gpu_tests, "watch", lambda *words, **environment: gpu_watch.LATE)
+    gpu_tests.take(run, job, {"found": 3})
+    for test in ("f.py::test_a", "f.py::test_b"):
+        gpu_tests.take(run, job, {"test": test, "event": "start"})
+    skipped = {"test": "f.py::test_a", "event": "skipped", "check": "values", "detail": "no memory"}
+    gpu_tests.take(run, job, skipped)
+    gpu_tests.run_job(run, job)
+    assert run.skipped == ["test_a: no memory"]
+    assert [check[1:] for check in seen(run)] == [
+        ("test_b", False, "out of time"),
+        ("", False, "1 of 3 tests not begun: out of time: nothing"),
+    ]
+
+
+def test_a_hang_a_crash_and_a_fault_cost_their_own_timing(tmp_path, monkeypatch):
+    worker(tmp_path, monkeypatch, gpu_timings, "")
+    run = a_run(tmp_path)
+    gpu_timings.run(run)
+    assert [row["case"] for row in run.timings["rows"]] == ["f::a", "f::b", "f::c", "f::fault", "f::d"]
+    assert [(check["name"], check["detail"]) for check in run.checks if "detail" in check] == [
+        ("f::hang sm80:16x64", "hung: nothing for 0 s"),
+        ("f::crash sm80:16x64", "the process ended with -6"),
+    ]
+    assert run.skipped == ["timings of norm: it failed"]
+
+
+REAL = """
+import os, time, pytest, torch
+pytestmark = pytest.mark.gpu
+def test_a(): pass
+def test_hang(): time.sleep(600)
+def test_abort(): os.abort()
+@pytest.mark.parametrize("x", [1, 2])
+def test_b(x): assert x == 1, "two"
+def test_fault():
+    torch.cuda.is_initialized = lambda: True
+    torch.cuda.synchronize = lambda: (_ for _ in ()).throw(RuntimeError("an illegal memory access\\nand more"))
+    torch.cuda.synchronize()
+def test_c(): pytest.skip("no memory")
+"""
+
+
+@pytest.mark.slow  # four times torch's import
+def test_pytest_goes_on_behind_a_hang_a_crash_and_a_fault(tmp_path, monkeypatch):
+    file = tmp_path / "test_real.py"
+    file.write_text(REAL)
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p conftest")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'tests' / 'gpu'}:{ROOT}")
+    monkeypatch.setattr(gpu_tests, "SILENCE_S", 5.0)
+    run = a_run(tmp_path)
+    gpu_tests.run(run, [gpu_tests.Job("norm", str(file))])
+    assert [check[1:] for check in seen(run)] == [
+        ("test_a", True, ""),
+        ("test_hang", False, "hung: nothing for 5 s"),
+        ("test_abort", False, "the process ended with -6"),
+        ("test_b[1]", True, ""),
+        ("test_b[2]", False, "AssertionError: two"),
+        ("test_fault", False, "RuntimeError: an illegal memory access"),
+        ("test_fault", False, "RuntimeError: an illegal memory access"),  # and after it
+    ]
+    assert len(run.skipped) == 1 and run.skipped[0].startswith("test_c: ") and "no memory" in run.skipped[0]
 
 
 def test_compute_sanitizer_that_is_missing_is_a_failed_check(monkeypatch):
@@ -176,7 +306,7 @@ def full_record(tmp_path):
             }
         ],
     }
-    return gpu_check.results(run)
+    return run.contents()
 
 
 def test_a_full_record_is_evidence(tmp_path):
@@ -197,7 +327,7 @@ def test_records_of_one_day_do_not_overwrite_each_other(tmp_path):
     record = full_record(tmp_path)
     names = []
     for _ in range(3):
-        path = gpu_check.result_path(tmp_path, record)
+        path = gpu_record.result_path(tmp_path, record)
         path.write_text(json.dumps(record))
         names.append(path.name)
     date = record["date"]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from common import GROUPED_GEMM, GROUPED_GEMM_DGRAD, GROUPED_GEMM_WGRAD, ROOT, TRITON, grouped_gemm_forms
 from gpu_problems import Sizes
-from gpu_problems_attention import attentions
+from gpu_problems_attention import attentions, decodes
 from gpu_problems_loss import losses
-from gpu_problems_moe import layers
+from gpu_problems_moe import layers, mlps
 from gpu_problems_norm import norms
 from gpu_problems_ssd import scans
 from gpu_targets import TARGETS, target
@@ -98,7 +98,7 @@ def test_a_wrong_result_is_not_timed():
 
 def test_what_takes_long_is_repeated_less():
     found = [gpu_device.rounds_for(seconds, 15) for seconds in (0.0, 0.1, 0.2, 0.5, 1.0, 60.0)]
-    assert found == [15, 15, 10, 4, 3, 3] and gpu_device.rounds_for(60.0, 2) == 2
+    assert found == [15, 10, 5, 3, 3, 3] and gpu_device.rounds_for(60.0, 2) == 2
 
 
 def test_a_reference_out_of_memory_is_a_row_and_no_fault_of_the_kernels():
@@ -154,10 +154,17 @@ def test_every_target_is_of_a_problem_of_the_timing_table():
     narrow = replace(
         Sizes(), width=16, expert_width=16, experts=8, top_k=2
     )  # cases of the layer name tokens alone
-    made = [make() for _, make in layers(narrow, torch.device("cpu"))]
-    for table in (attentions, scans, norms, losses):
+    made = [make() for table in (layers, mlps) for _, make in table(narrow, torch.device("cpu"))]
+    for table in (attentions, decodes, scans, norms, losses):
         made += [make() for _, make in table(Sizes(), torch.device("meta"))]
     assert set(TARGETS) <= {(problem.kernel, problem.case) for problem in made}
+
+
+def test_every_problem_has_a_name_of_its_own_and_the_first_are_of_all_kinds():
+    names = [name for name, _ in gpu_kernels.in_turn(Sizes(), torch.device("meta"))]
+    assert len(names) == len(set(names))
+    kinds = {re.split(r"[ _]", name)[0] for name in names}
+    assert {re.split(r"[ _]", name)[0] for name in names[: len(gpu_kernels.TABLES)]} >= kinds - {"in", "lm"}
 
 
 def test_targets_are_times_of_the_problem_at_hand():
@@ -175,14 +182,14 @@ def test_targets_are_times_of_the_problem_at_hand():
 
 
 def test_the_timing_table_at_toy_sizes_compares_with_the_reference(tmp_path):
-    out = Path(tmp_path) / "timings.json"
+    events = Path(tmp_path) / "timings.jsonl"
     command = [
         sys.executable,
         ROOT / "bench" / "gpu_kernels.py",
         "--device",
         "cpu",
-        "--out",
-        out,
+        "--events",
+        events,
         "--seconds",
         "0",
     ]
