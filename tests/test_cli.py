@@ -242,6 +242,12 @@ def test_a_run_can_be_moved_and_used_without_its_inputs(
     assert cli.main(["export", "hf", "moved", "out"]) == 0
     assert cli.main(["generate", "out", HEBREW, "--max-new-tokens", "2"]) == 0
     assert capsys.readouterr().out.endswith(captured.out)  # the export is the checkpoint
+    driving = "\x1b[2J a\tb\n"  # a terminal is not driven by what a model writes; a file gets it as it is
+    monkeypatch.setattr("hebatron.tokenizer.Tokenizer.decode", lambda *_: driving.rstrip("\n"))
+    assert cli.main(generate) == 0
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert cli.main(generate) == 0
+    assert capsys.readouterr().out == driving + driving.replace("\x1b", "\ufffd")
     (tmp_path / "elsewhere/moved/checkpoints/step-000003/state.json").write_text("{}")
     assert cli.main(generate) == 0
     assert "skipped damaged step-000003" in capsys.readouterr().err

@@ -95,8 +95,8 @@ class Conversation:
                     answer.append(token)
                     yield stream.add(token)
             yield stream.finish()
-        except KeyboardInterrupt:
-            self._forget()  # a step may have died half way
+        except (Exception, KeyboardInterrupt):
+            self._forget()  # a step may have died half way, and its cache with it
             raise
         finally:
             content = self.tokenizer.decode(answer, skip_special=False)

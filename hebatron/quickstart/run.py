@@ -42,7 +42,7 @@ from hebatron.report.figures import plot
 from hebatron.report.history import LANGUAGE_NAMES
 from hebatron.sizes import describe
 from hebatron.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from hebatron.training.metrics import LiveReporter, PlainReporter, Record, Reporter, read_metrics
+from hebatron.training.metrics import LiveReporter, PlainReporter, Record, Reporter, printable, read_metrics
 from hebatron.training.run import open_model
 from hebatron.training.runconfig import curriculum
 from hebatron.training.sections import RunConfig
@@ -131,7 +131,7 @@ def quickstart(
         told = train_chats(chat_run, _reporter)
         if told is None:
             return _stopped(out, seed)
-        print(_chat_text(told))
+        print(printable(_chat_text(told)))
     export, speed = show_model(journal, settings, out, tokenizer, chat_run.run_dir / "final")
     findings = Findings(
         run_dir=config.run_dir,
@@ -167,8 +167,8 @@ def show_text_run(journal: Journal, settings: Settings, out: Path, seed: int) ->
         print(f"bit-exact: {'yes' if resumed.bit_exact else 'no'}  (sha256 of weights, optimizer and losses)")
     with journal.stage("samples, after the base and at the end"):
         for sample in _samples(metrics, settings.prompts):
-            print(f"\nafter the base:\n{sample.prompt}{sample.before}")
-            print(f"at the end:\n{sample.prompt}{sample.after}")
+            print(f"\nafter the base:\n{sample.prompt}{printable(sample.before)}")
+            print(f"at the end:\n{sample.prompt}{printable(sample.after)}")
     with journal.stage("bits per byte of held-out text, after the base and at the end"):
         before, after = bits_before_after(metrics)
         for source, value in after.items():

@@ -5,7 +5,6 @@ A run may be unfinished, or its corpora gone: what cannot be read is a line in `
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,6 +44,7 @@ class History:
     state: Mapping[str, Any] = field(default_factory=dict)  # of the newest checkpoint
     corpora: Sequence[tuple[str, Corpus]] = ()
     absent: list[str] = field(default_factory=list)
+    model: ModelConfig | None = None  # that the newest checkpoint, or the exported model, states
 
     def of_kind(self, kind: str) -> list[Record]:
         return [record for record in self.records if record["kind"] == kind]
@@ -111,13 +111,6 @@ class History:
         """Every source ever evaluated, in the order of its first evaluation."""
         return list(dict.fromkeys(source for record in self.evals for source in record["bpb"]))
 
-    @property
-    def model(self) -> ModelConfig | None:
-        """The model that the newest checkpoint, or the exported model, states."""
-        final = self.run_dir / "final" / "config.json"
-        table = self.state.get("model") or (read_json(final) if final.is_file() else None)
-        return None if table is None else ModelConfig.from_hub(table)
-
     def plan(self) -> Plan:
         """The plan as its corpora give it now. Raises ValueError where they, or the configuration, are gone."""
         if self.config is None:
@@ -160,7 +153,8 @@ def load_history(run_dir: Path | str) -> History:
             corpora.append((entry.name, Corpus.open(entry.path, verify=False)))
         except (ValueError, OSError) as error:
             absent.append(f"corpus {entry.name}: {error}")
-    return History(run_dir, records, config, _state(run_dir, absent), corpora, absent)
+    state = _state(run_dir, absent)
+    return History(run_dir, records, config, state, corpora, absent, _model(run_dir, state, absent))
 
 
 def _config(run_dir: Path, absent: list[str]) -> RunConfig | None:
@@ -169,7 +163,7 @@ def _config(run_dir: Path, absent: list[str]) -> RunConfig | None:
         absent.append("configuration: no config.json in the run folder")
         return None
     try:
-        config: RunConfig = from_table(RunConfig, json.loads(path.read_bytes()))
+        config: RunConfig = from_table(RunConfig, read_json(path))
     except ValueError as error:
         absent.append(f"configuration: {path} cannot be read by this version: {error}")
         return None
@@ -184,6 +178,16 @@ def _state(run_dir: Path, absent: list[str]) -> dict[str, Any]:
         except (ValueError, OSError) as error:
             absent.append(f"checkpoint {folder.name}: {error}")
     return {}
+
+
+def _model(run_dir: Path, state: Mapping[str, Any], absent: list[str]) -> ModelConfig | None:
+    final = run_dir / "final" / "config.json"
+    try:
+        table = state.get("model") or (read_json(final) if final.is_file() else None)
+        return None if table is None else ModelConfig.from_hub(table)
+    except ValueError as error:
+        absent.append(f"model: {error}")
+        return None
 
 
 # ---------------------------------------------------------------- several runs

@@ -46,8 +46,8 @@ def average_checkpoints(run_dir: Path, last: int) -> Path:
     with torch.no_grad():
         for name, tensor in model_tensors(model).items():
             tensor.copy_(mean[name])
-    final, tmp = run_dir / AVERAGED, run_dir / f".tmp-{AVERAGED}"
-    for left in (tmp, final):
+    final, tmp, doomed = (run_dir / name for name in (AVERAGED, f".tmp-{AVERAGED}", f".tmp-old-{AVERAGED}"))
+    for left in (tmp, doomed):
         if left.exists():
             shutil.rmtree(left)
     model.save_pretrained(tmp)
@@ -55,6 +55,10 @@ def average_checkpoints(run_dir: Path, last: int) -> Path:
     write_generation_config(model.config, tmp)
     for path in (*tmp.iterdir(), tmp):
         fsync(path)
+    if final.exists():
+        os.rename(final, doomed)  # an earlier mean is there until the new one is whole, and never half of it
     os.rename(tmp, final)
     fsync(run_dir)
+    if doomed.exists():
+        shutil.rmtree(doomed)
     return final

@@ -40,10 +40,12 @@ Record = dict[str, Any]
 
 
 class MetricsWriter:
-    """Append-only writer. Opening at `step` cuts off every later record and a half-written last line."""
+    """Append-only writer. Opening at `step` cuts off every later record and a half-written last line; at 0, where a
+    run begins anew, all of them: the account of its chats, of step 0, may be of others than it reads now."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [entry for entry in _records(path) if entry[1]["step"] <= step] if path.exists() else []
+        earlier = _records(path) if step and path.exists() else ()
+        kept = [entry for entry in earlier if entry[1]["step"] <= step]
         self.last_step: int = kept[-1][1]["step"] if kept else 0
         self.empty = not kept
         tmp = path.with_name(f".tmp-{path.name}")
@@ -124,15 +126,15 @@ def load_bars(counts: Sequence[int], width: int = 64) -> str:
     return "".join(BARS[0] if s == 0 else BARS[max(1, min(top, round(s / even * top / 2)))] for s in sums)
 
 
-def printable(text: str) -> str:
-    """Text with control characters made visible: a model's output must not drive the terminal."""
+def printable(text: str, kept: str = "\n\t") -> str:
+    """Text with its control characters made visible, but for `kept`: a model's output must not drive the terminal."""
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join(c if c == "\n" or unicodedata.category(c) not in hidden else "\ufffd" for c in text)
+    return "".join(c if c in kept or unicodedata.category(c) not in hidden else "\ufffd" for c in text)
 
 
 def printable_name(name: str) -> str:
     """A source's or phase's name, which comes out of a file, on one line."""
-    return printable(name).replace("\n", "\ufffd")
+    return printable(name, kept="")
 
 
 def bpb_text(bpb: dict[str, float]) -> str:

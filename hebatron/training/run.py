@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from ..config import ModelConfig
 from ..curriculum.build import build_plan
 from ..curriculum.plan import Batch, Plan, Step
 from ..data.corpus import Corpus
-from ..files import replace_text
+from ..files import fsync, new_folder, replace_text
 from ..model import Hebatron
 from ..presets import PRESETS
 from ..tokenizer import Tokenizer, load_tokenizer
@@ -146,9 +144,11 @@ def open_run(config: RunConfig) -> Run:
     if config.lora is not None:
         frozen = weights_hash(model)
         add_adapters(model, config.lora, config.training.seed)
-    if chats is not None:  # a turn's end is an end of generation, here and in the exported model
-        ends = dict.fromkeys((*model.config.eos_token_ids, tokenizer.token_id(chats.encoder.end_of_turn)))
-        model.config = model.config.replace(eos_token_id=tuple(ends))
+    # what the run's texts or turns end with is an end of generation, here and in the exported model
+    learnt = [tokenizer.eos_id] if chats is None else [tokenizer.token_id(chats.encoder.end_of_turn)]
+    known = model.config.eos_token_ids
+    if not set(learnt) <= set(known):
+        model.config = model.config.replace(eos_token_id=(*known, *learnt))
     check_prompts(config, tokenizer, model, chats)
     steps = plan.steps(config.training.tokens_per_batch)
     optimizer, base = build_optimizer(model, config.optimizer), open_base(config, model)
@@ -290,7 +290,7 @@ def write_config(config: RunConfig) -> None:
 
 def save_tokenizer(run: Run) -> None:
     """The tokenizer as run_dir/tokenizer: with it, a run folder can be used wherever it is moved to."""
-    folder, tmp = run.config.run_dir / TOKENIZER, run.config.run_dir / f".tmp-{TOKENIZER}"
+    folder = run.config.run_dir / TOKENIZER
     if folder.exists():
         saved = load_tokenizer(folder)
         if (saved.fingerprint, saved.chat_template) == (
@@ -298,11 +298,10 @@ def save_tokenizer(run: Run) -> None:
             run.tokenizer.chat_template,
         ):
             return
-    for left in (tmp, folder):
-        if left.exists():
-            shutil.rmtree(left)
-    run.tokenizer.save(tmp)
-    os.rename(tmp, folder)
+    with new_folder(folder) as fresh:
+        run.tokenizer.save(fresh)
+        for path in (*fresh.iterdir(), fresh):
+            fsync(path)
 
 
 def open_trained(run_dir: Path) -> tuple[Hebatron, Path, list[str]]:
@@ -320,7 +319,7 @@ def open_checkpoint(folder: Path, device: str) -> Hebatron:
     try:
         config, section = ModelConfig.from_hub(state["model"]), state["config"]["model"]
         adapters, dtype = state["config"].get("lora"), getattr(torch, section["compute_dtype"])
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint: {folder} must state its model, got no {error}") from error
     if adapters is None:
         model = Hebatron(config, dtype, device=device)

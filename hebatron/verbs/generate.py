@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from hebatron.verbs import Arguments, VerbGroup, add_verb, open_model, seed
@@ -21,6 +22,8 @@ def register(group: VerbGroup) -> None:
 def run(arguments: Arguments) -> int:
     import torch
 
+    from hebatron.training.metrics import printable
+
     model, tokenizer, _ = open_model(arguments.model)
     ids = tokenizer.encode(arguments.prompt)
     if not ids:
@@ -33,5 +36,6 @@ def run(arguments: Arguments) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    print(tokenizer.decode(out[0].tolist()))
+    text = tokenizer.decode(out[0].tolist())
+    print(printable(text) if sys.stdout.isatty() else text)  # a file gets what the model wrote
     return 0

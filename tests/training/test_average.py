@@ -51,3 +51,20 @@ def test_average_refuses_too_many_none_and_a_damaged_one(run_dir: Path) -> None:
     with pytest.raises(CheckpointError, match="step-000005"):
         average_checkpoints(run_dir, 3)
     assert not (run_dir / "averaged").exists()
+
+
+def test_an_average_that_fails_leaves_the_earlier_one(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    averaged = average_checkpoints(run_dir, 1)
+    before = (averaged / "model.safetensors").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Hebatron, "save_pretrained", full)
+        with pytest.raises(OSError, match="No space"):
+            average_checkpoints(run_dir, 3)
+    assert (averaged / "model.safetensors").read_bytes() == before
+    average_checkpoints(run_dir, 3)
+    assert (averaged / "model.safetensors").read_bytes() != before
+    assert not [path.name for path in run_dir.iterdir() if path.name.startswith(".tmp-")]

@@ -154,9 +154,16 @@ def test_pieces_are_whole_characters(
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces) and len(pieces) > 5
 
 
-@pytest.mark.parametrize("at", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("at", "death"),
+    [(0, KeyboardInterrupt), (1, KeyboardInterrupt), (4, KeyboardInterrupt), (4, MemoryError)],
+)
 def test_an_interrupted_answer_stands_as_far_as_it_came(
-    model: Hebatron, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, at: int
+    model: Hebatron,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+    death: type[BaseException],
 ) -> None:
     conversation = talk(model, tokenizer, max_new_tokens=8)
     expected = "".join(talk(model, tokenizer, max_new_tokens=max(at, 1)).ask("שלום")) if at else ""
@@ -164,12 +171,12 @@ def test_an_interrupted_answer_stands_as_far_as_it_came(
 
     def dying(x: torch.Tensor) -> torch.Tensor:
         if next(left, None) is None:
-            raise KeyboardInterrupt  # in the middle of a step
+            raise death  # in the middle of a step
         return lm_head(x)
 
     with monkeypatch.context() as patch:
         patch.setattr(model.lm_head, "forward", dying)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(death):
             list(conversation.ask("שלום"))
     assert conversation.messages[-1] == {"role": "assistant", "content": expected}
     again = "".join(conversation.ask("מה?"))

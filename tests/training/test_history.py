@@ -71,6 +71,15 @@ def test_history_says_what_is_absent(trained: Path, tmp_path: Path) -> None:
     assert history.model is not None  # final/ states it too
     with pytest.raises(ValueError, match="moved"):
         history.plan()
+    (run_dir / "final/config.json").write_text('{"vocab_size":')
+    history = load_history(run_dir)
+    assert (
+        history.model is None
+        and history.absent[-1].startswith("model: ")
+        and "config.json" in history.absent[-1]
+    )
+    (run_dir / "config.json").write_text("[]")
+    assert load_history(run_dir).config is None
     config["phases"][0]["tokens"] = "many"
     (run_dir / "config.json").write_text(json.dumps(config))
     history = load_history(run_dir)

@@ -19,6 +19,7 @@ from hebatron.training.metrics import (
     load_bars,
     make_reporter,
     printable,
+    printable_name,
     read_metrics,
     sparkline,
 )
@@ -121,7 +122,8 @@ def test_reporters_show_names_as_they_are_and_never_obey_them(capsys: pytest.Cap
 
 
 def test_printable_shows_control_characters_instead_of_sending_them() -> None:
-    assert printable("א\x1b[2J\u202eב\nג") == "א\ufffd[2J\ufffdב\nג"
+    assert printable("א\x1b[2J\u202eב\nג\tד") == "א\ufffd[2J\ufffdב\nג\tד"  # code is indented with tabs
+    assert printable_name("a\tb\nc") == "a\ufffdb\ufffdc"
 
 
 def test_make_reporter_is_plain_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,19 @@ def test_train_continues_from_a_model_folder(root: Path, tmp_path: Path) -> None
     run, trained = open_run(second), open_run(config)
     load_checkpoint(tmp_path / "base/checkpoints/step-000004", trained.model, trained.optimizer)
     same_state(run.model, trained.model)
+    assert run.model.config == trained.model.config
     assert toy_train(second).bits_per_byte["en"] < base.bits_per_byte["en"]
+
+
+def test_what_ends_the_texts_ends_generation_too(root: Path, tmp_path: Path) -> None:
+    """A folder's config may name another end than the tokenizer, whose own is written behind every document."""
+    config = toy_config(root, tmp_path / "run")
+    eos = load_tokenizer(config.data.tokenizer).eos_id
+    model = open_run(config).model
+    model.config = model.config.replace(eos_token_id=eos + 3)
+    model.save_pretrained(tmp_path / "hub")
+    run = open_run(replace(config, model=ModelSection(path=tmp_path / "hub")))
+    assert run.model.config.eos_token_ids == (eos + 3, eos)
 
 
 def test_train_is_the_same_twice_and_another_seed_differs(root: Path, tmp_path: Path) -> None:

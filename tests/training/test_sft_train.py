@@ -244,6 +244,20 @@ def test_resume_refuses_other_chats_naming_the_difference(
     assert [folder.name for folder in checkpoints(tmp_path / "run/checkpoints")] == ["step-000001"]
 
 
+def test_a_run_begun_anew_accounts_for_the_chats_it_reads_now(root: Path, tmp_path: Path) -> None:
+    class Killed(Silent):
+        def step(self, record: object, load: object) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(chat_config(root, tmp_path / "run"), reporter=Killed())  # before its first checkpoint
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join((root / "chats.jsonl").read_text("utf-8").splitlines(True)[:30]), "utf-8")
+    toy_train(chat_config(root, tmp_path / "run", chats=(fewer,)), stop_after=1)
+    accounts = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "chats"]
+    assert [account["read"] for account in accounts] == [30]
+
+
 def test_the_run_folders_tokenizer_takes_the_template_of_a_forced_resume(root: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain.jinja"
     plain.write_text(PLAIN, encoding="utf-8")
