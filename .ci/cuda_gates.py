@@ -92,8 +92,12 @@ def read_sass(text: str) -> dict[Build, Counter[str]]:
     return kernels
 
 
+def count(instructions: Counter[str], name: str) -> int:
+    return sum(n for one, n in instructions.items() if one == name or one.startswith(f"{name}."))
+
+
 def holds(instructions: Counter[str], name: str) -> bool:
-    return any(one == name or one.startswith(f"{name}.") for one in instructions)
+    return count(instructions, name) > 0
 
 
 def kernel_of(name: str) -> str:
@@ -145,6 +149,11 @@ def check_file(
         failures += [f"{where}: holds no {name}" for name in wanted if not holds(instructions, name)]
         refused = [*LOCAL_MEMORY, *demand.get("must_not", [])]
         failures += [f"{where}: holds {name}" for name in refused if holds(instructions, name)]
+        failures += [
+            f"{where}: holds {name} {count(instructions, name)} times, at most {most}"
+            for name, most in demand.get("at_most", {}).items()
+            if count(instructions, name) > most
+        ]
     return failures
 
 

@@ -27,7 +27,12 @@ NAMES = {GEMM: "void hebatron::cuda::gemm<128>(Args)", HELPER: "hebatron::cuda::
 BUDGET = {
     "archs": ["sm_90a"],
     "kernels": {
-        "gemm": {"registers": 168, "must": ["HGMMA", "UTMALDG.3D"], "must_not": ["ATOMG"]},
+        "gemm": {
+            "registers": 168,
+            "must": ["HGMMA", "UTMALDG.3D"],
+            "must_not": ["ATOMG"],
+            "at_most": {"MEMBAR": 2},
+        },
         "tidy": {"registers": 40},
     },
 }
@@ -176,6 +181,13 @@ def test_local_memory_fails(bad):
 def test_a_refused_instruction_fails():
     [failure] = failures(code=sass(gemm=("HGMMA R1", "UTMALDG.3D [UR8]", "ATOMG.E.ADD R1, [R2]")))
     assert failure == f"gemm: {GEMM} for sm_90a: holds ATOMG"
+
+
+def test_an_instruction_too_often_fails():
+    kept = ("HGMMA R1", "UTMALDG.3D [UR8]", "MEMBAR.ALL.GPU", "@!P0 MEMBAR.ALL.CTA")
+    assert failures(code=sass(gemm=kept)) == []
+    [failure] = failures(code=sass(gemm=(*kept, "@!P0 MEMBAR.ALL.GPU")))
+    assert failure == f"gemm: {GEMM} for sm_90a: holds MEMBAR 3 times, at most 2"
 
 
 def test_an_empty_stub_fails():
@@ -356,7 +368,7 @@ def test_every_kernel_file_has_a_budget():
     for file, budget in table.items():
         assert set(budget) <= {"archs", "optional", "kernels"}, file
         for name, demand in budget["kernels"].items():
-            assert {"registers"} <= set(demand) <= {"registers", "must", "where", "must_not"}, (
+            assert {"registers"} <= set(demand) <= {"registers", "must", "where", "must_not", "at_most"}, (
                 f"{file}.{name}"
             )
             assert 0 < demand["registers"] <= 255, f"{file}.{name}"

@@ -10,9 +10,13 @@
 // Warp collectives (shfl*, ballot, any, all, elect_one, ldmatrix*, stmatrix*, mma*) need all 32 lanes; wgmma* needs the 128
 // threads of a warpgroup. wgmma_ss<kTransA, kTransB> takes descriptors of shared memory tiles (0: K-major, 1: MN-major),
 // wgmma_rs<kTransB> takes A from registers in the fragment of mma_m16n8k16; N is twice the accumulator's length.
-// What reads an accumulator stands behind wgmma_wait and wgmma_hold(accumulator). load_streaming is for memory that no
-// thread writes while the kernel runs. store_vector and store_streaming are one store to device memory. cp.async and plain stores write through the generic proxy; TMA and wgmma go through the async proxy: what one writes
-// the other sees only across fence_proxy_async (TMA's own mbarrier needs none).
+// What reads an accumulator stands behind wgmma_wait and wgmma_hold(accumulator); what a thread writes into one, or into A's
+// registers, ahead of wgmma_hold and wgmma_fence, and neither is touched from wgmma to wgmma_wait.
+//
+// cp.async and plain stores write through the generic proxy; TMA and wgmma go through the async proxy: what one writes the other
+// sees only across fence_proxy_async (TMA's own mbarrier needs none). mbarrier_arrive_rank tells a neighbour that the thread's reads,
+// and the wgmma it has waited for, are done; what it stored a neighbour sees across cluster_sync alone. load_streaming is for memory
+// that no thread writes while the kernel runs; store_vector and store_streaming are one store to device memory.
 #pragma once
 #include <cstring>
 

@@ -172,8 +172,9 @@ HEBATRON_DEVICE void mbarrier_arrive_expect(uint64_t* b, uint32_t bytes) {
 HEBATRON_DEVICE void mbarrier_expect(uint64_t* b, uint32_t bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(smem_address(b)), "r"(bytes) : "memory");
 }
+// Not .release.cluster: that is a MEMBAR for the whole GPU before every arrival, and who frees a stage has only read it.
 HEBATRON_DEVICE void mbarrier_arrive_rank(uint64_t* b, uint32_t rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_to_rank(smem_address(b), rank)) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(map_to_rank(smem_address(b), rank)) : "memory");
 }
 HEBATRON_DEVICE bool mbarrier_test(uint64_t* b, uint32_t parity) {
   uint32_t done;
