@@ -28,6 +28,23 @@ from expected import EXPECTED
 
 SOURCE = ROOT / "bench" / "conformance" / "conformance.cu"
 STALL_SECONDS = 20  # no case takes one second on either side
+# What is wrong where a case's name begins like this, the first that fits.
+CONSEQUENCES = {
+    "wgmma_gathered_ring": "the sm_90a products with gathered rows, and the weights' gradient",
+    "wgmma_high": "every sm_90a kernel: they use all of the shared memory",
+    "wgmma_rs": "attention_prefill's sm_90a form",
+    "wgmma": "every sm_90a kernel",
+    "registers": "every sm_90a kernel: setmaxnreg",
+    "tma_load_heads": "attention_prefill's sm_90a form",
+    "tma_fresh_thread": "an sm_90a kernel that is a thread's first call of CUDA, as in the backward",
+    "tma_load": "every sm_90a kernel",
+    "tma_multicast": "the grouped_gemm tiles of two blocks",
+    "cluster": "the grouped_gemm tiles of two blocks",
+    "mbarrier": "every sm_90a kernel",
+    "async_copies": "what stages rows by cp.async: the products, attention, the scan",
+    "ldmatrix": "every sm_80 kernel with tensor cores",
+    "mma": "every sm_80 kernel with tensor cores",
+}
 
 
 @dataclass
@@ -170,6 +187,9 @@ def compare(names: list[str], sides: dict[str, dict[str, Result]]) -> list[dict]
                 difference(name, r.data, want, ulps, side, "expected") for side, r in answers.items()
             ]
         detail = " | ".join(trouble for trouble in troubles if trouble)
+        means = next((what for start, what in CONSEQUENCES.items() if name.startswith(start)), "")
+        if detail and means:
+            detail += f" (wrong then: {means})"
         checks.append(check(name, detail, [*answers, *(["expected"] if name in EXPECTED else [])]))
     return checks
 

@@ -171,6 +171,21 @@ def loads(tensor: Tensor, corners: Sequence[Sequence[int]], seed: int) -> bytes:
     return b"".join(tensor.load(data, corner).tobytes() for corner in corners)
 
 
+def heads(heads_apart: bool) -> bytes:
+    """Boxes of 16 tokens of one head's 64 elements; the tensor begins 16 bytes into its memory."""
+    memory = noise(57, 4 + 3 * 21 * 64).view(np.uint16)[8:]
+    rows = memory.reshape(3, 21, 128) if heads_apart else memory.reshape(21, 3, 128).swapaxes(0, 1)
+    found = []
+    for x, head, token in ((0, 0, 0), (64, 2, 3), (64, 1, 10), (0, 2, 21)):
+        box = np.zeros((16, 64), np.uint16)
+        there = rows[head, token : token + 16, x : x + 64]
+        box[: len(there)] = there
+        image = np.empty(box.nbytes, np.uint8)
+        image[swizzle_128(np.arange(box.nbytes))] = box.view(np.uint8).reshape(-1)
+        found.append(image)
+    return np.concatenate(found).tobytes()
+
+
 def multicast(tensor: Tensor, corners: Sequence[Sequence[int]], cluster: int) -> bytes:
     data = noise(45, tensor.bytes // 4).view(np.uint8)
     nothing = np.full(tensor.box_bytes, 0xFF, np.uint8)
@@ -259,6 +274,25 @@ def wgmma_two_groups() -> bytes:
     return b"".join(warpgroup_registers(warpgroup_matrix(s) + p).tobytes() for s, p in zip(start, products))
 
 
+def wgmma_gathered_ring() -> bytes:
+    rounds, tile = 48, 64 * 64
+    a, b = (bf16_bits(small(seed, rounds * tile)).reshape(rounds, tile) for seed in (80, 81))
+    total = sum(_k_major(x, 64) @ _k_major(y, 64).T for x, y in zip(a, b))
+    return 2 * warpgroup_registers(total).tobytes()
+
+
+# Registers
+
+
+def registers(threads: int, held: int) -> bytes:
+    """The first warpgroup stores one value a thread, the others all they hold."""
+    found = np.full(held * threads * 4, UNWRITTEN, np.uint8).view(np.float32).reshape(held, threads)
+    values = small(9, held * threads).reshape(held, threads)
+    found[0] = values[0]
+    found[:, 128:] = values[:, 128:]
+    return found.tobytes()
+
+
 WGMMA_N = (8, 16, 32, 64, 96, 104, 112, 128, 160, 176, 192, 208, 224, 232, 256)
 EXPECTED: dict[str, Callable[[], bytes]] = {
     "ldmatrix": ldmatrix,
@@ -269,6 +303,9 @@ EXPECTED: dict[str, Callable[[], bytes]] = {
     "tma_load_f32_swizzle": partial(loads, matrix_f32(True), F32_CORNERS, 42),
     "tma_load_f32": partial(loads, matrix_f32(False), F32_CORNERS, 43),
     "tma_load_3d": partial(loads, STACK, STACK_CORNERS, 44),
+    "tma_load_heads": partial(heads, False),
+    "tma_load_heads_apart": partial(heads, True),
+    "tma_fresh_thread": partial(loads, STACK, STACK_CORNERS, 58),
     "tma_multicast_2d_cluster2": partial(multicast, matrix_bf16(True), BF16_CORNERS, 2),
     "tma_multicast_2d_cluster4": partial(multicast, matrix_bf16(True), BF16_CORNERS, 4),
     "tma_multicast_3d_cluster2": partial(multicast, STACK, STACK_CORNERS, 2),
@@ -279,6 +316,10 @@ EXPECTED: dict[str, Callable[[], bytes]] = {
     "tma_add_f32": partial(additions, matrix_f32(False), F32_CORNERS, 50, 3),
     "tma_add_bf16_swizzle": partial(additions, matrix_bf16(True), BF16_CORNERS, 52, 2),
     "wgmma_two_groups": wgmma_two_groups,
+    "wgmma_high": partial(wgmma_ss, 64, False, False),
+    "wgmma_gathered_ring": wgmma_gathered_ring,
+    "registers_384": partial(registers, 384, 208),
+    "registers_512": partial(registers, 512, 136),
     **{
         f"wgmma_ss_{n}_{'km'[a]}{'kn'[b]}": partial(wgmma_ss, n, bool(a), bool(b))
         for n in WGMMA_N

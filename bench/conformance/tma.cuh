@@ -1,6 +1,8 @@
 // The tensor copy engine: loads with and without swizzle inside, across and outside the tensor's edges, multicast in a
 // cluster, stores and additions that the edges clip. What a load left in shared memory is recorded as raw bytes.
 #pragma once
+#include <thread>
+
 #include "harness.h"
 
 namespace hebatron::conformance {
@@ -94,6 +96,38 @@ inline Bytes run_load_bf16() { return run_loads<2>(matrix_bf16(Swizzle::none), 4
 inline Bytes run_load_f32_swizzle() { return run_loads<2>(matrix_f32(Swizzle::k128), 42); }
 inline Bytes run_load_f32() { return run_loads<2>(matrix_f32(Swizzle::none), 43); }
 inline Bytes run_load_3d() { return run_loads<3>(stack_bf16(), 44); }
+
+// Queries, keys and values as attention has them: rows by head and token, at an address that is a multiple of 16 and no more, heads
+// next to each other or, `heads_apart`, tokens: then the strides fall from one dimension to the next.
+template <bool heads_apart>
+Bytes run_load_heads() {
+  constexpr int kHeads = 3, kTokens = 21, kDim = 128;
+  TensorCase t = tensor_case(DType::bf16, Swizzle::k128, 3, {kDim, kHeads, kTokens}, 0, {64, 1, 16}, {{0, 0, 0}, {64, 2, 3}, {64, 1, 10}, {0, 2, 21}});
+  t.shape.stride[0] = heads_apart ? kTokens * kDim * 2 : kDim * 2;
+  t.shape.stride[1] = heads_apart ? kDim * 2 : kHeads * kDim * 2;
+  const Buffer<uint32_t> tensor(noise_words(57, 4 + kHeads * kTokens * kDim / 2)), out(t.corners.count * t.bytes_box() / 4);
+  const TensorMap map = tensor_map(kOp, tensor.get() + 4, t.shape);
+  run(tensor_loads<3>, shape_of(1, 128, int(t.bytes_box())), map, t.corners, t.bytes_box(), out.get());
+  return out.read();
+}
+// The map is made in a thread that has called nothing of CUDA before: the driver makes it, and looks for a context.
+inline Bytes run_load_fresh_thread() {
+  const TensorCase t = stack_bf16();
+  const Buffer<uint32_t> tensor(noise_words(58, t.bytes_tensor() / 4)), out(t.corners.count * t.bytes_box() / 4);
+  TensorMap map;
+  std::string failure;
+  std::thread([&] {
+    try {
+      const DeviceGuard guard(on_device());
+      map = tensor_map(kOp, tensor.get(), t.shape);
+    } catch (const std::exception& error) {
+      failure = error.what();
+    }
+  }).join();
+  if (!failure.empty()) throw std::runtime_error(failure);
+  run(tensor_loads<3>, shape_of(1, 128, int(t.bytes_box())), map, t.corners, t.bytes_box(), out.get());
+  return out.read();
+}
 
 // Each block of a cluster takes one box from rank 0 for all and one from the last rank for the even ranks.
 template <int kRank>
@@ -266,6 +300,9 @@ inline void add_tma_cases(Cases& cases) {
   cases.push_back({"tma_load_f32_swizzle", run_load_f32_swizzle});
   cases.push_back({"tma_load_f32", run_load_f32});
   cases.push_back({"tma_load_3d", run_load_3d});
+  cases.push_back({"tma_load_heads", run_load_heads<false>});
+  cases.push_back({"tma_load_heads_apart", run_load_heads<true>});
+  cases.push_back({"tma_fresh_thread", run_load_fresh_thread});
   cases.push_back({"tma_multicast_2d_cluster2", run_multicast<2, 2>});
   cases.push_back({"tma_multicast_2d_cluster4", run_multicast<2, 4>});
   cases.push_back({"tma_multicast_3d_cluster2", run_multicast<3, 2>});

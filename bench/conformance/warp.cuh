@@ -271,19 +271,27 @@ inline Bytes run_dependent_launch() {
   return out.read();
 }
 
-// Registers handed from one warpgroup to two others; the sums say that all of them went on.
-__global__ void __launch_bounds__(384, 1) registers(const uint32_t* in, uint32_t* out) {
+// Registers handed from one warpgroup to the others, which then hold more values at once than they were launched with: a
+// register that was not theirs loses its value, and a sum that does not come out makes them wait for ever.
+template <int kThreads, int kFewer, int kMore, int kHeld>
+__global__ void __launch_bounds__(kThreads, 1) registers(const float* in, float* out) {
   if (threadIdx.x < kWarpgroup) {
-    registers_decrease<40>();
-    out[threadIdx.x] = in[threadIdx.x] + 1;
+    registers_decrease<kFewer>();
+    out[threadIdx.x] = in[threadIdx.x];
   } else {
-    registers_increase<232>();
-    out[threadIdx.x] = in[threadIdx.x] + 2;
+    registers_increase<kMore>();
+    float held[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; i++) held[i] = in[i * kThreads + threadIdx.x];
+    wgmma_hold(held);  // all of them at once: they are loaded before and stored after
+#pragma unroll
+    for (int i = 0; i < kHeld; i++) out[i * kThreads + threadIdx.x] = held[i];
   }
 }
-inline Bytes run_registers() {
-  const Buffer<uint32_t> in(noise_words(9, 384)), out(384);
-  run(registers, shape_of(1, 384), in.get(), out.get());
+template <int kThreads, int kFewer, int kMore, int kHeld>
+Bytes run_registers() {
+  const Buffer<float> in(small_floats(9, kHeld * kThreads)), out(kHeld * kThreads);
+  run(registers<kThreads, kFewer, kMore, kHeld>, shape_of(1, kThreads), in.get(), out.get());
   return out.read();
 }
 
@@ -299,7 +307,8 @@ inline void add_warp_cases(Cases& cases) {
   cases.push_back({"approximations", run_approximations, 16});  // exp_approx: 2 + 1.17 |x| units, |x| <= 8
   cases.push_back({"limits", run_limits});
   cases.push_back({"dependent_launch", run_dependent_launch});
-  cases.push_back({"registers", run_registers});
+  cases.push_back({"registers_384", run_registers<384, 40, 232, 208>});
+  cases.push_back({"registers_512", run_registers<512, 56, 152, 136>});
 }
 
 }  // namespace hebatron::conformance

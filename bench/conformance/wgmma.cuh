@@ -17,9 +17,11 @@ HEBATRON_DEVICE uint64_t step_descriptor(const uint8_t* tile, int k) {
 }
 
 // `fresh`: the first instruction starts from zero and not from the accumulator's integers.
-template <int kN, int kTransA, int kTransB>
+// The tiles begin kBase bytes into the shared memory, all of whose 227 KB the kernels use.
+template <int kN, int kTransA, int kTransB, int kBase = 0>
 __global__ void __launch_bounds__(kWarpgroup) product(const uint4* a, const uint4* b, const float* c, bool fresh, float* out) {
-  HEBATRON_DYNAMIC_SHARED(smem);
+  HEBATRON_DYNAMIC_SHARED(bytes);
+  uint8_t* smem = bytes + kBase;
   uint4* words = reinterpret_cast<uint4*>(smem);
   const int t = threadIdx.x;
   for (int i = t; i < kBytesA / 16; i += kWarpgroup) words[i] = a[i];
@@ -99,6 +101,65 @@ __global__ void __launch_bounds__(kWarpgroup) two_groups(const uint4* a, const u
   for (int i = 0; i < 32; i++) out[(32 + i) * kWarpgroup + t] = second[i];
 }
 
+// The whole way of the gathered kernels, over and over: a ring of stages that a producer warpgroup fills, A's tiles by cp.async
+// and B's by the copy engine on one mbarrier, and that a consumer warpgroup multiplies behind fence_proxy_async. Were that
+// fence, the noinc arrival or the release of a stage not what they are taken for, a round would be of old or mixed tiles.
+constexpr int kRounds = 48, kRing = 3;
+
+__global__ void __launch_bounds__(2 * kWarpgroup, 1) gathered_ring(const uint4* a, const uint4* b, float* out) {
+  HEBATRON_DYNAMIC_SHARED(smem);
+  HEBATRON_SHARED(uint64_t, full, kRing);
+  HEBATRON_SHARED(uint64_t, empty, kRing);
+  const int t = threadIdx.x % kWarpgroup;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kRing; s++) {
+      mbarrier_init(full + s, 1 + kWarpgroup);
+      mbarrier_init(empty + s, kWarpgroup / kWarp);
+    }
+    mbarrier_fence_init();
+  }
+  block_sync();
+  if (threadIdx.x < kWarpgroup) {
+    for (int round = 0; round < kRounds; round++) {
+      const int stage = round % kRing;
+      uint8_t* tile = smem + stage * 2 * kBytesA;
+      mbarrier_wait(empty + stage, round / kRing % 2 ^ 1);
+      if (t == 0) {
+        mbarrier_arrive_expect(full + stage, kBytesA);
+        tma_load_1d(tile + kBytesA, b + round * (kBytesA / 16), kBytesA, full + stage);
+      }
+      for (int i = t; i < kBytesA / 16; i += kWarpgroup) cp_async_16(smem_address(tile) + i * 16, a + round * (kBytesA / 16) + i, true);
+      cp_async_arrive(full + stage);
+    }
+  } else {
+    float d[32];
+    for (int round = 0; round < kRounds; round++) {
+      const int stage = round % kRing;
+      const uint8_t* tile = smem + stage * 2 * kBytesA;
+      mbarrier_wait(full + stage, round / kRing % 2);
+      fence_proxy_async();
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kSteps; k++) wgmma_ss<0, 0>(d, step_descriptor<0>(tile, k), step_descriptor<0>(tile + kBytesA, k), round + k > 0);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (round > 0 && t % kWarp == 0) mbarrier_arrive(empty + (round - 1) % kRing);
+    }
+    wgmma_wait<0>();
+    wgmma_hold(d);
+#pragma unroll
+    for (int i = 0; i < 32; i++) out[(blockIdx.x * 32 + i) * kWarpgroup + t] = d[i];
+  }
+}
+inline Bytes run_gathered_ring() {
+  constexpr int kBlocks = 2;
+  const Buffer<uint16_t> a(small_bf16(80, kRounds * kBytesA / 2)), b(small_bf16(81, kRounds * kBytesA / 2));
+  const Buffer<float> out(kBlocks * 32 * kWarpgroup);
+  run(gathered_ring, shape_of(kBlocks, 2 * kWarpgroup, kRing * 2 * kBytesA), reinterpret_cast<const uint4*>(a.get()),
+      reinterpret_cast<const uint4*>(b.get()), out.get());
+  return out.read();
+}
+
 // Each run starts once from integers and once from zero.
 template <class Launch>
 Bytes both_starts(int n, const Launch& launch_with) {
@@ -111,13 +172,13 @@ Bytes both_starts(int n, const Launch& launch_with) {
   }
   return found;
 }
-template <int kN, int kTransA, int kTransB>
+template <int kN, int kTransA, int kTransB, int kBase = 0>
 Bytes run_product() {
   const int bytes = kBytesB<kN, kTransB>;
   const Buffer<uint16_t> a(small_bf16(70, kBytesA / 2)), b(small_bf16(71, bytes / 2));
   const Buffer<float> c(small_floats(72, kN / 2 * kWarpgroup));
   return both_starts(kN, [&](bool fresh, float* out) {
-    run(product<kN, kTransA, kTransB>, shape_of(1, kWarpgroup, kBytesA + bytes), reinterpret_cast<const uint4*>(a.get()),
+    run(product<kN, kTransA, kTransB, kBase>, shape_of(1, kWarpgroup, kBase + kBytesA + bytes), reinterpret_cast<const uint4*>(a.get()),
         reinterpret_cast<const uint4*>(b.get()), c.get(), fresh, out);
   });
 }
@@ -166,6 +227,8 @@ inline void add_wgmma_cases(Cases& cases) {
   add_products<232>(cases);
   add_products<256>(cases);
   cases.push_back({"wgmma_two_groups", run_two_groups});
+  cases.push_back({"wgmma_high", run_product<64, 0, 0, 211 * 1024>});
+  cases.push_back({"wgmma_gathered_ring", run_gathered_ring});
 }
 
 }  // namespace hebatron::conformance

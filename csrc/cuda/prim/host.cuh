@@ -1,5 +1,5 @@
-// What the host side of a kernel asks of CUDA: checks, launches, tensor maps, device properties. libcuda is never linked:
-// cuTensorMapEncodeTiled comes through the runtime's driver entry point, so the module loads on a machine with no driver.
+// What the host side of a kernel asks of CUDA: checks, launches, tensor maps, device properties. libcuda is never linked: its
+// functions come through the runtime's driver entry point, so the module loads on a machine with no driver.
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
@@ -16,13 +16,35 @@ inline void check_cuda(cudaError_t status, const char* op) {
   throw std::runtime_error(std::string(op) + ": CUDA error: " + cudaGetErrorString(status));
 }
 
-// Makes exec.device current for the life of one operator call and gives the previous one back.
+// A function of libcuda, by the toolkit version that its interface is of.
+template <class Function>
+Function driver_function(const char* op, const char* name, unsigned version) {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050  // the older call, gone in CUDA 13, is all that 12.4 has
+  check_cuda(cudaGetDriverEntryPointByVersion(name, &entry, version, cudaEnableDefault, &found), op);
+#else
+  check_cuda(cudaGetDriverEntryPoint(name, &entry, cudaEnableDefault, &found), op);
+#endif
+  if (found != cudaDriverEntryPointSuccess) throw std::runtime_error(std::string(op) + ": the driver has no " + name + " (needs CUDA 12)");
+  return reinterpret_cast<Function>(entry);
+}
+
+// Whether the calling thread has a context. The runtime makes one current when it needs it; functions of libcuda find none in
+// a thread that has called nothing else yet, as torch's thread for the backward on device 0 may not have.
+inline bool has_context() {
+  static const auto get_current = driver_function<decltype(&cuCtxGetCurrent)>("device", "cuCtxGetCurrent", 4000);
+  CUcontext current = nullptr;
+  return get_current(&current) == CUDA_SUCCESS && current;
+}
+
+// Makes exec.device current for the life of one operator call, with its context, and gives the previous one back.
 class DeviceGuard {
  public:
   explicit DeviceGuard(const Exec& exec) {
     check_cuda(cudaGetDevice(&before_), "device");
     changed_ = exec.device != before_;
-    if (changed_) check_cuda(cudaSetDevice(exec.device), "device");
+    if (changed_ || !has_context()) check_cuda(cudaSetDevice(exec.device), "device");
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(before_);  // not otherwise: it would open a context on a device that nobody uses
@@ -93,18 +115,10 @@ inline void fill_zero(const char* op, void* p, size_t bytes, const Exec& exec) {
 }
 
 inline CUtensorMap tensor_map(const char* op, const void* base, const TensorMapShape& shape) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050  // the older call, gone in CUDA 13, is all that 12.4 has
-  check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found), op);
-#else
-  check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found), op);
-#endif
-  if (found != cudaDriverEntryPointSuccess) throw std::runtime_error(std::string(op) + ": the driver has no cuTensorMapEncodeTiled (needs CUDA 12)");
+  static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>(op, "cuTensorMapEncodeTiled", 12000);
   CUtensorMap map;
   const cuuint32_t step[3] = {1, 1, 1};
-  const CUresult status = reinterpret_cast<Encode>(entry)(
+  const CUresult status = encode(
       &map, shape.dtype == DType::f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, cuuint32_t(shape.rank),
       const_cast<void*>(base), shape.dim, shape.stride, shape.box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
       shape.swizzle == Swizzle::k128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
