@@ -134,6 +134,9 @@ HEBATRON_DEVICE void consume(const AttentionArgs& a, const Work& w, uint8_t* sha
     mine.weigh(s, weights, scale);
     mbarrier_wait(&barriers.values_full[stage], phase);
     if (key + kN > w.sequence.keys) clear(shared + (values - base), w.sequence.keys - key);
+    wgmma_hold(mine.o);
+#pragma unroll
+    for (int step = 0; step < kN / 16; step++) wgmma_hold(weights[step]);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kN / 16; step++)

@@ -207,8 +207,8 @@ template <int kPending>
 HEBATRON_DEVICE void wgmma_wait() {
   emulator::wgmma_wait(kPending);
 }
-template <int kCount>
-HEBATRON_DEVICE void wgmma_hold(float (&)[kCount]) {}
+template <class T, int kCount>
+HEBATRON_DEVICE void wgmma_hold(T (&)[kCount]) {}
 template <int kTransA, int kTransB, int kRegisters>
 HEBATRON_DEVICE void wgmma_ss(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
   emulator::wgmma(d, nullptr, a, b, 2 * kRegisters, kTransA, kTransB, accumulate);

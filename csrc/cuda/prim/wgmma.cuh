@@ -11,11 +11,17 @@ template <int kPending>
 HEBATRON_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
-// After wgmma_wait: ties the accumulator to this place, so that what reads it cannot be moved ahead of the wait.
+// Ties registers to this place. After wgmma_wait: what reads the accumulator cannot be moved ahead of the wait. Before
+// wgmma_fence: what writes the accumulator or A's registers cannot be moved behind the fence, which orders it before the product.
 template <int kCount>
 HEBATRON_DEVICE void wgmma_hold(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int kCount>
+HEBATRON_DEVICE void wgmma_hold(uint32_t (&a)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i++) asm volatile("" : "+r"(a[i])::"memory");
 }
 
 // clang-format off
