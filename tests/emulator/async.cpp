@@ -279,6 +279,7 @@ void tma_load(void* dst, const TensorMap* map, uint64_t* b, const int* at, uint3
   const int corner[3] = {at[0], at[1], at[2]};
   defer(issuer, [=] {
     for (const auto& [target, its_barrier] : targets) {
+      check_lives(owner_of(target));
       char* tile = target;
       for_elements(m, corner, here & 0xffffff, [&](size_t offset, const char* p) {
         if (p)
@@ -429,6 +430,7 @@ void check_thread_end(Thread& t) {
   finish_stores(0, false);
   const Warpgroup& g = t.block->warpgroups[size_t(t.id) / 128];
   if (!g.open.empty() || t.waited_groups < g.group_steps.size()) fail("the thread ends with wgmma it has not waited for");
+  if (t.block->live == 1) check_registers(*t.block);
 }
 
 }  // namespace emulator

@@ -94,7 +94,7 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b) {
 // ---- wgmma ----
 namespace {
 
-const char kWgmma[] = "wgmma", kWgmmaFence[] = "wgmma_fence", kWgmmaCommit[] = "wgmma_commit";
+const char kWgmma[] = "wgmma", kWgmmaFence[] = "wgmma_fence", kWgmmaCommit[] = "wgmma_commit", kRegisters[] = "setmaxnreg";
 
 Warpgroup& warpgroup_collective(const char* operation, const std::function<void(Warpgroup&)>& work) {
   Warpgroup& g = self->block->warpgroups[size_t(self->id) / 128];
@@ -192,7 +192,10 @@ void wgmma(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int n,
   if (mine.arrived == 0) w = wanted;
   if (w.a != a || w.b != b || w.n != n || w.accumulate != accumulate) fail("wgmma: the threads of a warpgroup give different operands");
   w.d[self->id % 128] = d;
-  if (a_registers) memcpy(w.a_registers[self->id % 128], a_registers, 16);
+  if (a_registers) {
+    memcpy(w.a_registers[self->id % 128], a_registers, 16);
+    self->fragments.push_back({mine.group_steps.size(), a_registers, {a_registers[0], a_registers[1], a_registers[2], a_registers[3]}, self->line});
+  }
   warpgroup_collective(kWgmma, [&](Warpgroup& g) {
     Block& block = *self->block;
     if (!g.fenced) fail("wgmma without wgmma_fence before it");
@@ -239,7 +242,35 @@ void wgmma_wait(int pending) {
   while (int(g.groups.size()) > pending) run_group(g);
   if (pending == 0) g.fenced = false;
   self->waited_groups = std::max(self->waited_groups, g.group_steps.size() - std::min(g.group_steps.size(), size_t(pending)));
+  for (; !self->fragments.empty() && self->fragments.front().group < self->waited_groups; self->fragments.pop_front()) {
+    const Fragment& f = self->fragments.front();
+    if (memcmp(f.at, f.word, sizeof f.word)) fail("A's registers were changed before wgmma_wait, of the wgmma at " + line_of(f.line));
+  }
   if (int(g.group_steps.size()) > pending) know(self->clocks, *self->block, g.actor, g.group_steps[g.group_steps.size() - 1 - size_t(pending)], true);
+}
+
+// ---- setmaxnreg: the warpgroups of a block share what it was launched with ----
+static int registers_at_launch(const Block& b) {  // of a thread, by __launch_bounds__(threads, 1)
+  return std::min(65536 / int(b.threads.size()) / 8 * 8, 256);
+}
+
+void set_registers(int count, bool increase) {
+  EMULATOR_ENTER();
+  if (count % 8 || count < 24 || count > 256) fail("setmaxnreg takes multiples of 8 from 24 to 256, got " + std::to_string(count));
+  warpgroup_collective(kRegisters, [=](Warpgroup& g) {
+    const int now = g.registers ? g.registers : registers_at_launch(*self->block);
+    if (increase ? count < now : count > now) fail("setmaxnreg: " + std::to_string(count) + (increase ? " is no increase from " : " is no decrease from ") + std::to_string(now));
+    g.registers = count;
+  });
+}
+
+void check_registers(const Block& b) {
+  int wanted = 0, there = 0;
+  for (const Warpgroup& g : b.warpgroups) {
+    wanted += g.registers ? g.registers : registers_at_launch(b);
+    there += registers_at_launch(b);
+  }
+  if (wanted > there) fail("the warpgroups ask for " + std::to_string(wanted * 128) + " registers, and the block has " + std::to_string(there * 128) + ": setmaxnreg waits for ever");
 }
 
 }  // namespace emulator

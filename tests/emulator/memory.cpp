@@ -422,6 +422,7 @@ char* shared_pointer(uint32_t address, size_t bytes) {
   const uint32_t rank = address >> 24, offset = address & 0xffffff;
   if (rank >= self->block->cluster.size()) fail("the shared address names rank " + std::to_string(rank) + " of a smaller cluster");
   Block* b = self->block->cluster[rank];
+  check_lives(*b);
   if (offset + bytes > b->bytes_used) fail("the shared address " + std::to_string(offset) + " + " + std::to_string(bytes) + " is past the block's " + std::to_string(b->bytes_used) + " bytes");
   return b->shared + offset;
 }

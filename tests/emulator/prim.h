@@ -276,8 +276,8 @@ inline TensorMap tensor_map(const char* op, const void* base, const TensorMapSha
     ok = ok && s.stride[i - 1] % 16 == 0 && s.stride[i - 1] < (1ull << 40);
   }
   const uint32_t bytes_inner = s.box[0] * map.bytes_element;
-  ok = ok && bytes_inner % 16 == 0 && (!map.swizzle || bytes_inner <= 128);
-  // cuTensorMapEncodeTiled's own rules: what it refuses must not pass here
+  // cuTensorMapEncodeTiled's own rules: what it refuses must not pass here. In the swizzle it takes narrower boxes; prim.cuh does not.
+  ok = ok && bytes_inner % 16 == 0 && (!map.swizzle || bytes_inner == 128);
   if (!ok) throw std::runtime_error(std::string(op) + ": cuTensorMapEncodeTiled refuses the tensor (alignment, strides or box)");
   return map;
 }

@@ -54,6 +54,12 @@ struct BulkStore {  // one TMA store: shared memory is read first, device memory
   std::vector<char> data;
   bool done_reading = false, waited_for = false;
 };
+struct Fragment {  // A's registers of a wgmma: they must stay what they are until its group is waited for
+  size_t group;
+  const uint32_t* at;
+  uint32_t word[4];
+  const void* line;
+};
 struct Thread {
   Place place;
   Block* block = nullptr;
@@ -78,6 +84,7 @@ struct Thread {
   uint64_t cluster_generation = 0;
   uint32_t copy_step = 1;    // of the copies not committed
   size_t waited_groups = 0;  // of its warpgroup's wgmma
+  std::deque<Fragment> fragments;
 };
 
 struct Warp {
@@ -108,6 +115,7 @@ struct Warpgroup {
   uint64_t generation = 0;
   const void* line = nullptr;
   bool fenced = false;
+  int registers = 0;  // of a thread, by setmaxnreg; 0: as launched
   Wgmma next;                           // while its threads gather
   std::vector<Wgmma> open;              // issued, not committed
   std::deque<std::vector<Wgmma>> groups;  // committed, not done
@@ -165,6 +173,8 @@ Warp& warp_collective(const char* operation, void* argument, const std::function
 // Work in flight, done when the mode says so; `block` may not end before it.
 void defer(Block* block, std::function<void()> work);
 std::string describe_wait(const Thread& thread);  // async.cpp: the state of what it waits on
+void check_lives(const Block& block);      // its shared memory is about to be used: no block does so after its end
+void check_registers(const Block& block);  // matrix.cpp: what setmaxnreg gave must have been there
 
 // ---- memory.cpp ----
 void memory_begin_launch(const void* stack_frame);

@@ -550,9 +550,8 @@ void cluster_wait() {
 uint32_t cluster_rank() { return self->block->rank; }
 uint32_t cluster_size() { return self->block->cluster_size; }
 
-void set_registers(int count, bool) {
-  EMULATOR_ENTER();
-  if (count % 8 || count < 24 || count > 256) fail("setmaxnreg takes multiples of 8 from 24 to 256, got " + std::to_string(count));
+void check_lives(const Block& b) {
+  if (b.live == 0) fail("the shared memory of block " + where(b.index) + " is used after its end: cluster_sync must stand before that");
 }
 
 }  // namespace emulator

@@ -67,7 +67,10 @@ BUGS: dict[str, Report | list[Report]] = {
     "language/overflow": error("a signed product overflows", "overflow"),
     "language/misaligned": error("at an address that is no multiple of its size", "misaligned"),
     "both_memories/no_room_for_alignment": error("more than a block may use", "both_memories"),
-    "registers/not_of_8": error("setmaxnreg takes multiples of 8 from 24 to 256, got 44", "registers"),
+    "registers/not_of_8": error("setmaxnreg takes multiples of 8 from 24 to 256, got 44", "registers.fewer"),
+    "registers/too_many": error("ask for 66560 registers, and the block has 64512"),
+    "registers/no_decrease": error("setmaxnreg: 176 is no decrease from 168", "registers.fewer"),
+    "registers/one_warp": error("setmaxnreg", "one_warp_decreases"),
     # between blocks
     "blocks/one_word": race("one_word.write", "one_word.write", "out at byte 0"),
     "last_block/no_release": race("last_block.write", "last_block.read", "partial"),
@@ -117,6 +120,7 @@ BUGS: dict[str, Report | list[Report]] = {
     "gemm/overwrite": race("gemm.wgmma", "gemm.overwrite"),
     "gemm/left_open": error("ends with wgmma it has not waited for", "gemm.out"),
     "gemm/different_operands": error("give different operands", "gemm.wgmma"),
+    "held/overwritten": error("A's registers were changed before wgmma_wait", "held.wgmma", "held.wait"),
     "gemm_cp_async/no_proxy_fence": no_fence("gemm.copy", "gemm.wgmma"),
     "gemm_cp_async/fence_without_sync": race("gemm.copy", "gemm.wgmma"),
     "gemm_stores/no_proxy_fence": no_fence("gemm.store", "gemm.wgmma"),
@@ -140,7 +144,10 @@ BUGS: dict[str, Report | list[Report]] = {
     "multicast/rank_outside": error("names ranks outside the cluster", "multicast.load"),
 }
 # Those that show only where one block overtakes another, in random mode with some seed.
-OVERTAKEN = {"relay/one_short": race("relay.part", "relay.read", "part")}
+OVERTAKEN = {
+    "relay/one_short": race("relay.part", "relay.read", "part"),
+    "ring/no_sync_at_end": error("is used after its end", "ring.remote_write"),
+}
 DEADLOCKS = (
     "collective/half_a_warp",
     "collective/half_a_block",

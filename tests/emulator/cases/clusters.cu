@@ -5,7 +5,7 @@ namespace hebatron::cases {
 namespace {
 
 // ---- every block reads what its right neighbour wrote, then writes into the left one's memory ----
-enum class Ring { right, no_sync_before_read, no_sync_before_write, block_sync_only, rank_outside };
+enum class Ring { right, no_sync_before_read, no_sync_before_write, no_sync_at_end, block_sync_only, rank_outside };
 
 template <Ring bug>
 __global__ void ring(const uint32_t* in, uint32_t* out) {
@@ -17,7 +17,9 @@ __global__ void ring(const uint32_t* in, uint32_t* out) {
   const uint32_t target = bug == Ring::rank_outside ? size : next;
   const uint32_t v = load_cluster(map_to_rank(smem_address(mine + lane), target));  // LINE: ring.read
   if (bug != Ring::no_sync_before_write) cluster_sync();
+  if (bug == Ring::no_sync_at_end && cluster_rank() == 0) return;
   store_cluster(map_to_rank(smem_address(mine + 31 - lane), next), 2 * v);  // LINE: ring.remote_write
+  if (bug == Ring::no_sync_at_end) return;
   cluster_sync();
   out[blockIdx.x * kWarp + lane] = mine[lane];
 }
@@ -25,6 +27,7 @@ template <Ring bug, unsigned kSize>
 void run_ring() {
   Tensor<uint32_t> in("in", 8 * kWarp, [](size_t i) { return uint32_t(i); }), out("out", 8 * kWarp);
   run(ring<bug>, 8, kWarp, 0, kSize, in.get(), out.get());
+  if (bug == Ring::no_sync_at_end) return;  // the results are not written
   out.expect([](size_t i) { return uint32_t(2 * (i / 32 * 32 + 31 - i % 32)); });  // what came from here, doubled, came back
 }
 
@@ -88,6 +91,7 @@ void add_cluster_cases(Cases& cases) {
   cases.push_back({"ring_of_4", run_ring<Ring::right, 4>});
   cases.push_back({"ring/no_sync_before_read", run_ring<Ring::no_sync_before_read, 2>});
   cases.push_back({"ring/no_sync_before_write", run_ring<Ring::no_sync_before_write, 2>});
+  cases.push_back({"ring/no_sync_at_end", run_ring<Ring::no_sync_at_end, 2>});
   cases.push_back({"ring/block_sync_only", run_ring<Ring::block_sync_only, 4>});
   cases.push_back({"ring/rank_outside", run_ring<Ring::rank_outside, 2>});
   cases.push_back({"multicast_to_2", run_multicast<Cast::right, 2>});

@@ -89,6 +89,38 @@ void run_gemm() {
   });
 }
 
+// ---- A in registers: every row of A is ones, so a row of the result is the sum of B's 16 k ----
+enum class Held { right, overwritten };
+
+template <Held bug>
+__global__ void held(const __nv_bfloat16* b, float* out) {
+  HEBATRON_DYNAMIC_SHARED(smem);
+  const int t = threadIdx.x;
+  for (int i = t; i < kSide * 8; i += kWarpgroup) *reinterpret_cast<uint4*>(smem + i * 16) = reinterpret_cast<const uint4*>(b)[i];
+  fence_proxy_async();
+  block_sync();
+  uint32_t ones[4];
+  for (int i = 0; i < 4; i++) ones[i] = pack_bf16(1.0f, 1.0f);
+  float d[kSide / 2];
+  wgmma_fence();
+  wgmma_rs<0>(d, ones, wgmma_descriptor(smem_address(smem)), false);  // LINE: held.wgmma
+  wgmma_commit();
+  if (bug == Held::overwritten && t == 77) ones[2] = 0;
+  wgmma_wait<0>();  // LINE: held.wait
+  for (int i = 0; i < kSide / 2; i++) out[fragment_row(t, i) * kSide + fragment_column(t, i)] = d[i];
+}
+template <Held bug>
+void run_held() {
+  Tensor<__nv_bfloat16> b("b", kSide * kSide, [](size_t i) { return bf16(small(i)); });
+  Tensor<float> out("out", kSide * kSide);
+  run(held<bug>, 1, kWarpgroup, kBytesTile, 1, b.get(), out.get());
+  out.expect([](size_t i) {
+    float sum = 0;
+    for (size_t k = 0; k < 16; k++) sum += small(tile_offset(int(i % kSide), int(k)) / 2);
+    return sum;
+  });
+}
+
 // ---- mma.sync: A and B by ldmatrix out of plain shared memory, one warp, 16 x 8 x 16 ----
 enum class Mma { right, no_warp_sync, misaligned };
 
@@ -133,6 +165,8 @@ void add_matrix_cases(Cases& cases) {
   cases.push_back({"gemm_cp_async/fence_without_sync", run_gemm<Source::cp_async, Gemm::fence_without_sync>});
   cases.push_back({"gemm_stores", run_gemm<Source::stores, Gemm::right>});
   cases.push_back({"gemm_stores/no_proxy_fence", run_gemm<Source::stores, Gemm::no_proxy_fence>});
+  cases.push_back({"held", run_held<Held::right>});
+  cases.push_back({"held/overwritten", run_held<Held::overwritten>});
   cases.push_back({"mma", run_mma<Mma::right>});
   cases.push_back({"mma/no_warp_sync", run_mma<Mma::no_warp_sync>});
   cases.push_back({"mma/misaligned", run_mma<Mma::misaligned>});

@@ -152,16 +152,30 @@ void run_both_memories() {
 }
 
 // ---- registers of a warpgroup ----
-template <int kCount>
+// 384 threads have 168 each: what one warpgroup gives, the other two take.
+template <int kFewer, int kMore>
 __global__ void registers(float* out) {
-  registers_decrease<kCount>();  // LINE: registers
+  if (threadIdx.x < kWarpgroup) {
+    registers_decrease<kFewer>();  // LINE: registers.fewer
+  } else {
+    registers_increase<kMore>();  // LINE: registers.more
+  }
   out[threadIdx.x] = 1;
 }
-template <int kCount>
+template <int kFewer, int kMore>
 void run_registers() {
-  Tensor<float> out("out", 128);
-  run(registers<kCount>, 1, 128, 0, 1, out.get());
+  Tensor<float> out("out", 384);
+  run(registers<kFewer, kMore>, 1, 384, 0, 1, out.get());
   out.expect([](size_t) { return 1.0f; });
+}
+
+__global__ void one_warp_decreases(float* out) {
+  if (threadIdx.x < kWarp) registers_decrease<40>();  // LINE: one_warp_decreases
+  out[threadIdx.x] = 1;
+}
+void run_one_warp_decreases() {
+  Tensor<float> out("out", 128);
+  run(one_warp_decreases, 1, 128, 0, 1, out.get());
 }
 
 }  // namespace
@@ -189,8 +203,11 @@ void add_thread_cases(Cases& cases) {
   cases.push_back({"language/misaligned", run_misaligned});
   cases.push_back({"both_memories", run_both_memories<1024>});
   cases.push_back({"both_memories/no_room_for_alignment", run_both_memories<512>});
-  cases.push_back({"registers", run_registers<40>});
-  cases.push_back({"registers/not_of_8", run_registers<44>});
+  cases.push_back({"registers", run_registers<40, 232>});
+  cases.push_back({"registers/not_of_8", run_registers<44, 232>});
+  cases.push_back({"registers/too_many", run_registers<40, 240>});
+  cases.push_back({"registers/no_decrease", run_registers<176, 168>});
+  cases.push_back({"registers/one_warp", run_one_warp_decreases});
 }
 
 }  // namespace hebatron::cases
