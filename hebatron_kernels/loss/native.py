@@ -44,14 +44,18 @@ def linear_cross_entropy_keep(
     x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, each token's logsumexp (0 where ignored), and the logits of those that count, or none of them."""
-    z_TV = _native.empty(kept_logits(x_TD, weight_VD), torch.float32)
+    shape = kept_logits(x_TD, weight_VD)
+    if _native.on_cuda(x_TD):  # none on a GPU; the emulator's tensors are the CPU's and so are its shapes
+        z_TV = x_TD.new_zeros(shape, dtype=torch.float32)
+    else:
+        z_TV = _native.empty(shape, torch.float32)
     return *_forward(x_TD, weight_VD, targets_T, ignore_index, reduction, z_TV), z_TV
 
 
 def kept_logits(x_TD: Tensor, weight_VD: Tensor) -> tuple[int, int]:
     """(T, the stride of a row): whole panels of entries and no power of two; (0, 0) where logits are made again."""
     tokens, entries = x_TD.shape[0], weight_VD.shape[0]
-    if _native.on_cuda(x_TD) or tokens * entries > KEPT_LOGITS:
+    if x_TD.is_cuda or tokens * entries > KEPT_LOGITS:
         return 0, 0
     return tokens, (entries + 63) // 64 * 64 + 64
 
