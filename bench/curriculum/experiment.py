@@ -52,7 +52,7 @@ PROMPTS = ("הכנסת החליטה", "בית המשפט קבע כי", "Once upo
 
 @dataclass(frozen=True)
 class Size:
-    """What is spent: an arm is about 90 minutes of one core at these numbers, without AVX-512."""
+    """What is spent: an arm is about an hour of one core at these numbers, without AVX-512."""
 
     vocab_size: int = 8192
     base_tokens: int = 2_400_000
