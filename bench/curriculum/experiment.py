@@ -7,7 +7,7 @@ DATA holds train/phase{1,2,3}_he.jsonl.zst and anchor/anchor_en_code_math.jsonl.
 in train, phase_score, the difficulty (1 to 3) that its phase is taken from. OUT gets text/, tokenizer/, corpora/
 and runs/: base-seedN, then an arm that starts from its weights. The arms of one seed read the same
 rows; only their order, or whether the anchor is there, differs. sft-seedN goes on from forward-seedN with the chats of
-DATA/sft/sft_messages.jsonl.zst (`messages`, `task`, `lang`), half of them.
+DATA/sft/sft_messages.jsonl.zst (`messages`, `task`, `lang`), a fifth of them.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ PROMPTS = ("הכנסת החליטה", "בית המשפט קבע כי", "Once upo
 
 @dataclass(frozen=True)
 class Size:
-    """What is spent: an arm is about an hour of one core at these numbers, without AVX-512."""
+    """What is spent: a run of an arm is about twelve minutes of one core at these numbers."""
 
     vocab_size: int = 8192
-    base_tokens: int = 2_400_000
-    phase_tokens: int = 2_400_000  # of each of the three
+    base_tokens: int = 1_000_000
+    phase_tokens: int = 650_000  # of each of the three
     seq_len: int = 512  # of every phase: the arms differ in difficulty alone, not in length
     tokens_per_batch: int = 1024
     learning_rate: float = 2e-3
-    sft_share: float = 0.5  # of the chats
+    sft_share: float = 0.2  # of the chats
     sft_learning_rate: float = 1e-3
     held_out_permille: int = 30
     held_out_tokens: int = 4_000  # by source, while training; the last evaluation reads all
